@@ -1,0 +1,711 @@
+"""The Transformer that all stages share, and what running a stage needs.
+
+The architecture is Qwen3's: token embedding, then blocks of
+
+    x = x + Attention(RMSNorm(x))      grouped-query attention, RMSNorm on every q and k, rotary positions
+    x = x + MLP(RMSNorm(x))            SwiGLU: down(silu(gate(x)) * up(x))
+
+then a last RMSNorm and a head. Modules carry Hugging Face's names, so a state dict saved here *is* a Qwen3 state dict.
+Two models stand on the same trunk: `LanguageModel` (a number per word of the vocabulary) and `ScalarModel` (one
+number per position: the reward model, and PPO's value function).
+
+Sequences start at the left and are padded on the right, always. Attention is causal, so padding on the right cannot
+reach a token before it: training needs no attention mask, and positions are 0 … T-1.
+
+Shapes: B sequences, T tokens, C channels (n_embd), H heads, D channels per head, V words of the vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import filecmp
+import json
+import math
+import os
+import signal
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+IGNORE = -100  # a target that is not trained on: padding, prompts
+
+
+def option(default, help, low=None, high=None, choices=None):
+    """A config field: its default, one line of meaning, and the values that are possible."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a Transformer (table [model] of a config file)."""
+    table = "model"
+    n_layer: int = option(4, "number of blocks", low=1)
+    n_head: int = option(4, "query heads", low=1)
+    n_kv_head: int = option(2, "key and value heads, each shared by n_head / n_kv_head query heads", low=1)
+    n_embd: int = option(128, "channels", low=2)
+    n_inner: int = option(384, "channels inside the MLP", low=1)
+    block_size: int = option(192, "context: the longest sequence, in tokens", low=8)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", low=1)
+    tie_embeddings: bool = option(True, "the output head is the embedding matrix")
+    vocab_size: int = 0  # not an option: it comes from the tokenizer
+
+    def check(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            return f"n_head={self.n_head} must divide n_embd={self.n_embd} into heads of an even number of channels"
+        if self.n_head % self.n_kv_head:
+            return f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Transformer
+
+def rotate(x, cos, sin):
+    """Rotary position embedding in the rotate-half convention (Su et al. 2021, eq. 34).
+
+    Channel pair (i, i + D/2) turns by the angle position · theta^(-2i/D), so that q·k depends on positions only
+    through their difference. x (B, H, T, D); cos, sin broadcastable to it."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε), times a learned gain for each channel (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.n_embd // config.n_head
+        kv_width = config.n_kv_head * self.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, C = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, Hkv, T, D)
+        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
+        if cache is not None:
+            k, v, mask = cache.update(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.n_embd)
+        self.post_attention_layernorm = RMSNorm(config.n_embd)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The trunk: tokens (B, T) → hidden states (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        head_dim = config.n_embd // config.n_head
+        frequency = config.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)     # (D/2,)
+        angle = torch.outer(torch.arange(config.block_size).float(), frequency).repeat(1, 2)    # (block_size, D)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, tokens, cache=None):
+        T = tokens.shape[1]
+        if cache is None:
+            cos, sin = self.cos[:T], self.sin[:T]                                               # (T, D)
+        else:  # each row goes on where it has got to
+            positions = cache.extend(T)                                                         # (B, T)
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)       # (B, 1, T, D)
+        x = self.embed_tokens(tokens)                                                           # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        return self.norm(x)
+
+
+def init_weights(model):
+    """GPT-2's initialisation: N(0, 0.02), and the projections back into the residual stream smaller by √(2 n_layer)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            small = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * model.model.config.n_layer) if small else 0.02)
+
+
+class LanguageModel(nn.Module):
+    """Trunk and vocabulary head: p(next token | tokens so far)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        init_weights(self)
+
+    def forward(self, tokens, targets=None, temperature=1.0):
+        """tokens (B, T) → logits (B, T, V); with targets (B, T) → the loss of each, -log p(target), (B, T).
+
+        Where the target is IGNORE the loss is 0, and the vocabulary head, the dearest layer of a small model, is not
+        computed at all."""
+        hidden = self.model(tokens)                                                             # (B, T, C)
+        if targets is None:
+            return self.lm_head(hidden)
+        wanted = targets != IGNORE
+        logits = self.lm_head(hidden[wanted]).float() / temperature                             # (targets, V)
+        loss = F.cross_entropy(logits, targets[wanted], reduction="none")                       # (targets,)
+        return torch.zeros(targets.shape, device=loss.device).masked_scatter(wanted, loss)
+
+
+class ScalarModel(nn.Module):
+    """Trunk and one number per position, (B, T): a reward model reads it at the last token, a value function at all."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = Transformer(config)
+        self.score = nn.Linear(config.n_embd, 1)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))  # Stiennon et al. 2020, B.1
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, tokens):
+        return self.score(self.model(tokens)).squeeze(-1).float()
+
+    def adopt(self, state_dict):
+        """Take over the trunk of a saved model that is at least as deep: the lower layers, when it is deeper."""
+        own = self.state_dict()
+        self.load_state_dict({name: state_dict.get(name, own[name]) for name in own})
+        missing = [name for name in own if name.startswith("model.") and name not in state_dict]
+        assert not missing, missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+class KVCache:
+    """Keys and values of the tokens read so far, (layer, B, Hkv, length, D); each row has its own length."""
+
+    def __init__(self, config, rows, length, like):
+        shape = (config.n_layer, rows, config.n_kv_head, length, config.n_embd // config.n_head)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.longest = 0  # an upper bound of all lengths, known without asking the device
+
+    def extend(self, T):
+        """Make room for T more tokens a row; returns their positions (B, T)."""
+        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        self.lengths, self.longest = self.lengths + T, self.longest + T
+        key_positions = torch.arange(self.longest, device=self.lengths.device)
+        self.mask = (key_positions <= self.positions[:, :, None]).unsqueeze(1)                  # (B, 1, T, longest)
+        return self.positions
+
+    def update(self, layer, k, v):
+        """Write k, v (B, Hkv, T, D) at the new positions; returns all keys, all values, and who may see whom."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
+        return self.keys[layer, :, :, :self.longest], self.values[layer, :, :, :self.longest], self.mask
+
+    def keep(self, rows):
+        """Drop all rows but these."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+def pad(sequences, value=0):
+    """Lists of ids → one (B, T) tensor, padded on the right."""
+    T = max(map(len, sequences))
+    return torch.tensor([list(s) + [value] * (T - len(s)) for s in sequences])
+
+
+def next_token_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Logits (B, V) → the distribution (B, V) that a token is drawn from. Temperature 0 puts all on the likeliest."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    probs = F.softmax(logits.float() / temperature, dim=-1)
+    if top_k:
+        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0)
+    if top_p < 1:  # the smallest set of words whose probabilities reach top_p (Holtzman et al. 2019)
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        probs = probs.scatter(-1, order, ordered.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0))
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def draw(probs, uniform):
+    """One token a row by the inverse of the cumulative distribution: probs (B, V), uniform (B,) in [0, 1) → (B,).
+
+    The same distribution as torch.multinomial, many times faster, and the draw of a row depends on its own number."""
+    cumulative = probs.double().cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True).squeeze(-1)
+    return token.clamp(max=probs.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, top_k=0, top_p=1.0, on_token=None):
+    """Continue every prompt until it has produced `stop`, max_new_tokens, or filled the context.
+
+    prompts: lists of ids, none empty. uniforms (B, max_new_tokens): the random numbers, one for each token, so that a
+    row's text depends on its own row of numbers alone, not on its neighbours in the batch. Rows that have ended leave
+    the batch. Returns (responses, logprobs): for each prompt its new ids, `stop` included, and the log-probability of
+    each under the distribution it was drawn from. `on_token(row, id)` is called for each new token."""
+    trunk, config, device = model.model, model.model.config, model.lm_head.weight.device
+    lengths = torch.tensor([len(p) for p in prompts])
+    if lengths.max() >= config.block_size:
+        raise SystemExit(f"a prompt of {lengths.max()} tokens does not fit the context of {config.block_size}: "
+                         "shorten it, or train with a larger --block_size")
+    longest = min(config.block_size, int(lengths.max()) + max_new_tokens)
+    cache = KVCache(config, len(prompts), longest, trunk.embed_tokens.weight)
+    responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+
+    rows = torch.arange(len(prompts))                                   # who is still in the batch
+    hidden = trunk(pad(prompts).to(device), cache)                      # (B, T, C): the prompts in one pass
+    cache.lengths = lengths.to(device)                                  # padding was read, but is written over
+    hidden = hidden[rows, cache.lengths - 1]                            # (B, C): each row's last real token
+    for step in range(max_new_tokens):
+        probs = next_token_probabilities(model.lm_head(hidden), temperature, top_k, top_p)      # (B, V)
+        token = draw(probs, uniforms[rows, step].to(device))                                    # (B,)
+        logprob = probs.gather(1, token[:, None]).squeeze(1).log()
+        for row, t, l in zip(rows.tolist(), token.tolist(), logprob.tolist()):
+            responses[row].append(t)
+            logprobs[row].append(l)
+            if on_token:
+                on_token(row, t)
+        going = ((token.cpu() != stop) & (lengths[rows] + step + 1 < config.block_size)).nonzero().squeeze(1)
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):
+            cache.keep(going.to(device))
+            rows, token = rows[going], token[going.to(device)]
+        hidden = trunk(token[:, None], cache).squeeze(1)                                        # (B, C)
+    return responses, logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+def newton_schulz(g, steps=5):
+    """Push the singular values of each matrix in g (..., R, C) towards 1 (Jordan et al. 2024, "Muon").
+
+    Each step applies the odd polynomial a·x + b·x³ + c·x⁵ to the singular values, by matrix products alone."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: every direction of a weight matrix moves by the same amount.
+
+    Matrices of one shape are stacked and orthogonalised together, which on small models is most of the speed."""
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                gradient = torch.stack([p.grad for p in params])
+                momentum = torch.stack([self.state[p].get("momentum", torch.zeros_like(p)) for p in params])
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = newton_schulz(gradient.lerp(momentum, group["momentum"]))  # Nesterov's look ahead
+                scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                for p, m, u in zip(params, momentum, update):
+                    self.state[p]["momentum"] = m.clone()
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)
+
+
+class Optimizers:
+    """Muon for the matrices of the blocks, AdamW for everything else (embeddings, heads, norms), as one optimizer."""
+
+    def __init__(self, model, learning_rate, muon_learning_rate=0.0, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+        inner = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+        inner = inner if muon_learning_rate else []
+        rest = [p for p in model.parameters() if all(p is not q for q in inner)]
+        groups = [dict(params=[p for p in rest if p.dim() == 2], weight_decay=weight_decay),
+                  dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+        self.all = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)]
+        if inner:
+            self.all.append(Muon(inner, lr=muon_learning_rate, weight_decay=weight_decay))
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
+
+    def step(self, factor=1.0):
+        """One update at `factor` times the peak learning rates, then forget the gradients."""
+        for optimizer, peaks in zip(self.all, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self.all, states):
+            optimizer.load_state_dict(state)
+
+
+def learning_rate_factor(step, steps, warmup=0, floor=0.0):
+    """Linear warm-up to 1 over `warmup` steps, then linear decay to `floor` at the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - floor) * (step - warmup) / max(1, steps - warmup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a stage: configuration, devices and processes, log, checkpoints
+
+@dataclass
+class RunConfig:
+    """What all stages share (top level of a config file)."""
+    table = None
+    out_dir: str = option("out/tiny", "the run folder: everything that a run makes lies in it")
+    seed: int = option(1, "the seed of everything random", low=0)
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16"))
+    max_new_tokens: int = option(72, "the longest response, in tokens", low=1)
+
+
+def closest(name, names):
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f": did you mean {match[0]}?" if match else ""
+
+
+def parse(name, option, value, where):
+    """One value of the config, of the option's type and in its range, or one line that says what is wrong."""
+    kind = option.type
+    if isinstance(value, str) and kind in (int, float):  # from the command line
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+    if isinstance(value, str) and kind is bool:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise SystemExit(f"{where}: {name} must be {'true or false' if kind is bool else kind.__name__}, not {value!r}")
+    m = option.metadata
+    if m["choices"] and value not in m["choices"]:
+        raise SystemExit(f"{where}: {name} must be one of {', '.join(m['choices'])}, not {value!r}")
+    if m["low"] is not None and value < m["low"] or m["high"] is not None and value > m["high"]:
+        limit = f"at least {m['low']}" if m["high"] is None else f"between {m['low']} and {m['high']}"
+        raise SystemExit(f"{where}: {name} must be {limit}, not {value}")
+    return value
+
+
+def load_config(cls, doc, argv=None):
+    """Defaults, then the tables of --config=FILE that concern `cls`, then --key=value; and --help from the same fields.
+
+    A field belongs to the table of the class that declares it: `cls` for the stage's own, ModelConfig for [model],
+    RunConfig for the top level of the file."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = {f.name: f for f in dataclasses.fields(cls) if f.metadata}
+    table_of = {name: next(c.table for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {}))
+                for name in options}
+    if "--help" in argv or "-h" in argv:
+        print(doc.strip() + "\n\noptions (--config=FILE.toml reads a file; those given here win):")
+        for name, f in options.items():
+            print(f"  --{name}={f.default!r}".ljust(36) + f.metadata["help"])
+        raise SystemExit(0)
+
+    given, arguments = {}, iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in [*options, "config"]:
+            raise SystemExit(f"unknown option {argument}{closest(name, options)} (--help lists all)")
+        if not equals:
+            value = "true" if name in options and options[name].type is bool else next(arguments, None)
+            if value is None:
+                raise SystemExit(f"--{name} needs a value: --{name}=…")
+        given[name] = value
+
+    values = {}
+    if path := given.pop("config", None):
+        try:
+            with open(path, "rb") as f:
+                file = tomllib.load(f)
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SystemExit(f"{path}: cannot read this config: {error}")
+        stages = ("prepare", "model", "pretrain", "sft", "reward", "ppo", "sample")
+        for name in file:
+            if isinstance(file[name], dict) and name not in stages:
+                raise SystemExit(f"{path}: unknown table [{name}]{closest(name, stages)}")
+        for table in {table_of[name] for name in options}:
+            here = {k: v for k, v in file.items() if not isinstance(v, dict)} if table is None else file.get(table, {})
+            for name, value in here.items():
+                if table_of.get(name, 0) != table:
+                    place = f"in [{table}]" if table else "at the top level"
+                    valid = [n for n in options if table_of[n] == table]
+                    raise SystemExit(f"{path}: unknown key {name} {place}{closest(name, valid)}")
+                values[name] = parse(name, options[name], value, path)
+    for name, value in given.items():
+        values[name] = parse(name, options[name], value, f"--{name}")
+    config = cls(**values)
+    if hasattr(config, "check") and (wrong := config.check()):
+        raise SystemExit(wrong)
+    return config
+
+
+class Run:
+    """One process of a running stage: its place among the processes, its device, the log, the request to stop.
+
+    Used as a context: `with Run(config, "pretrain") as run:`. Under torchrun the processes join (NCCL on GPUs, gloo on
+    CPUs); alone, world is 1 and nothing is sent. Ctrl-C or SIGTERM ask the loop to stop at its next step
+    (`run.stopping()`), so that it can save first; a second one stops at once."""
+
+    def __init__(self, config, stage, graceful=True):
+        self.config, self.stage, self.started, self.stop_signal = config, stage, time.time(), None
+        self.graceful = graceful
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+        kind = config.device if config.device != "auto" else next(d for d in ("cuda", "mps", "cpu") if available[d])
+        if not available[kind]:
+            raise SystemExit(f"--device={kind}: this machine has none; use --device=auto")
+        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        has_bf16 = (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                    or kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" or config.dtype == "auto" and has_bf16 \
+            else torch.float32
+        torch.manual_seed(config.seed)
+        torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
+        torch.set_float32_matmul_precision("high")
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        for name in (signal.SIGINT, signal.SIGTERM) if self.graceful else ():
+            signal.signal(name, self.request_stop)
+        os.makedirs(self.config.out_dir, exist_ok=True)
+        if self.main:
+            settings = dataclasses.asdict(self.config)
+            print(f"{self.stage}: {self.device.type}, {str(self.dtype)[6:]}, {self.world} process(es), "
+                  f"{torch.get_num_threads()} thread(s)\n  " + ", ".join(f"{k}={v}" for k, v in settings.items()))
+            self.write_log(dict(stage=self.stage, config=settings))
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.world > 1 and kind is None:
+            dist.destroy_process_group()
+        if kind is KeyboardInterrupt:
+            raise SystemExit(f"{self.stage}: interrupted; run it again to start over") from None
+        if isinstance(error, OSError):  # a full disk, a file that may not be written
+            raise SystemExit(f"{self.stage}: {error.strerror or error}: {error.filename or self.config.out_dir}; "
+                             "what was there before is untouched") from None
+
+    def request_stop(self, number, frame):
+        if self.stop_signal:
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+
+    def stopping(self):
+        """Whether any process has been asked to stop; all of them answer alike."""
+        return self.sum(float(self.stop_signal is not None)) > 0
+
+    def stopped(self, saved):
+        """The last words after a stop that was asked for."""
+        if self.main:
+            print(f"stopped; saved {saved}. Continue with: python {' '.join(sys.argv)} --resume")
+        if self.world > 1:
+            dist.destroy_process_group()
+        raise SystemExit(128 + (self.stop_signal or signal.SIGINT))
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def share(self, n):
+        """This process's part of range(n)."""
+        return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
+
+    def backward(self, model, n, micro_batch_size, loss_of):
+        """Gradients of Σ loss_of(rows) over this process's share of a batch of n rows, micro-batch by micro-batch.
+
+        loss_of(rows) is the part of the *global* batch's mean loss that these rows are responsible for: a sum divided
+        by a count over the global batch. Such parts add up, over micro-batches and processes, to the true mean; means
+        of micro-batches would not. Returns that mean."""
+        mine, total = self.share(n), 0.0
+        for first in range(mine.start, mine.stop, micro_batch_size):
+            rows = slice(first, min(first + micro_batch_size, mine.stop))
+            last = rows.stop == mine.stop  # gradients are exchanged once a step, in the last backward pass
+            with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
+                with self.autocast():
+                    loss = loss_of(rows)
+                (loss * self.world).backward()  # DDP divides by the number of processes
+            total += loss.detach()
+        return self.sum(float(total))
+
+    def update(self, model, optimizer, loss, step, config, factor):
+        """Clip the gradients and take a step, unless the loss has blown up; returns the norm before clipping."""
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise SystemExit(f"step {step}: the loss is {loss}, its gradient {norm}. Lower the learning rate, or try "
+                             "--dtype=float32; the last checkpoint is untouched")
+        optimizer.step(factor)
+        return norm
+
+    def sum(self, value):
+        """A number or tensor added up over all processes."""
+        if self.world == 1:
+            return value
+        total = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if self.device.type == "mps":
+            total = total.float()
+        dist.all_reduce(total)
+        return total.item() if not torch.is_tensor(value) else total.to(value.dtype)
+
+    def gather(self, items):
+        """The lists of all processes, joined in the order of ranks."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def wrap(self, model):
+        """Every forward pass that is trained goes through what this returns: DDP averages gradients over processes."""
+        model.to(self.device)
+        return nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+
+    def uniforms(self, n, width, *key):
+        """(n, width) random numbers that depend on the seed and `key` alone, not on the number of processes."""
+        seed = hash((self.config.seed, *key)) % 2 ** 63  # of integers: the same in every process
+        return torch.rand(n, width, generator=torch.Generator().manual_seed(seed))
+
+    def log(self, step, message, **figures):
+        """A line for people and the same numbers as a line of log.jsonl."""
+        if self.main:
+            print(message, flush=True)
+            self.write_log(dict(dict(stage=self.stage, step=step, seconds=round(time.time() - self.started, 2)), **figures))
+
+    def write_log(self, record):
+        with open(os.path.join(self.config.out_dir, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def path(self, name):
+        return os.path.join(self.config.out_dir, name)
+
+    def keep_earlier(self, *names):
+        """Rename what an earlier run has left under these names, so that nothing is overwritten."""
+        for name in names if self.main else ():
+            if os.path.exists(self.path(name)):
+                print(f"  an earlier {name} is kept as {keep(self.path(name))}")
+
+    def publish(self, name):
+        """Give name.tmp its final name. An earlier file is left alone if it is the same, else kept under another."""
+        path = self.path(name)
+        if os.path.exists(path):
+            if filecmp.cmp(path, path + ".tmp", shallow=False):
+                return os.remove(path + ".tmp")
+            self.keep_earlier(name)
+        os.replace(path + ".tmp", path)
+
+    def restore(self, checkpoint, model, optimizer):
+        """Put model, optimizer and random numbers back where a checkpoint has left them."""
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random_state"])
+
+    def save(self, name, **checkpoint):
+        """Write a checkpoint by way of a temporary file: killed at any instant, a whole one is there."""
+        if not self.main:
+            return
+        path = self.path(name)
+        try:
+            with open(path + ".tmp", "wb") as f:
+                torch.save(dict(config=dataclasses.asdict(self.config), random_state=torch.get_rng_state(), **checkpoint), f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise SystemExit(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; "
+                             "an earlier file of that name is untouched")
+
+
+def keep(path):
+    """Rename an existing file to name.1.ext, or the next free number; returns the new name."""
+    stem, ext = os.path.splitext(path)
+    number = 1
+    while os.path.exists(f"{stem}.{number}{ext}"):
+        number += 1
+    os.rename(path, f"{stem}.{number}{ext}")
+    return f"{stem}.{number}{ext}"
+
+
+def write_file(path, text):
+    """Text into a file by way of a temporary one."""
+    with open(path + ".tmp", "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def need(path, command):
+    """The path, if it is there; else one line that says which command makes it."""
+    if not os.path.exists(path):
+        raise SystemExit(f"no {path}: run {command} first")
+    return path
+
+
+def load_checkpoint(path, command, tokenizer_hash=None):
+    """Read a checkpoint (tensors and plain values only, never a pickle of anything else) and check that it fits."""
+    need(path, command)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model_config"] = ModelConfig(**checkpoint["model_config"])
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise SystemExit(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
+                         f"it may be truncated; make it again with {command}")
+    if tokenizer_hash and checkpoint["tokenizer"] != tokenizer_hash:
+        raise SystemExit(f"{path} was made with another tokenizer than {os.path.dirname(path)}/tokenizer.tiktoken: "
+                         f"run {command} again, or use another --out_dir")
+    return checkpoint

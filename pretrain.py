@@ -1,0 +1,149 @@
+"""Stage 1, pretraining: a Transformer learns to predict the next token of plain text.
+
+    loss = -1/N · Σ log p(token t+1 | tokens ≤ t)      over all N tokens of the batch
+
+    python pretrain.py                                          one process: laptop CPU, or one GPU
+    torchrun --nproc_per_node=8 pretrain.py --config=…          eight GPUs of one machine, same batches, same result
+
+It reads train.bin and val.bin of the run folder and writes pretrain.pt (the best model so far by validation loss, for
+the next stage) and pretrain.last.pt (where --resume goes on).
+"""
+
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from model import (LanguageModel, ModelConfig, Optimizers, Run, RunConfig, learning_rate_factor, load_checkpoint,
+                   load_config, option)
+from prepare import bits_per_byte, load_tokenizer, load_tokens, scorecard
+
+
+@dataclass
+class PretrainConfig(ModelConfig, RunConfig):
+    table = "pretrain"
+    max_steps: int = option(160, "optimizer steps", low=1)
+    batch_size: int = option(32, "sequences a step, over all processes", low=1)
+    micro_batch_size: int = option(32, "sequences a process computes at once; the rest of a batch is accumulated", low=1)
+    learning_rate: float = option(3e-3, "peak rate of AdamW (embeddings, norms)", low=0)
+    muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
+    weight_decay: float = option(0.01, "decay of the matrices", low=0)
+    warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
+    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
+    eval_every: int = option(40, "steps between evaluations and checkpoints", low=1)
+    compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
+    resume: bool = option(False, "go on from pretrain.last.pt")
+
+
+def get_batch(tokens, step, config):
+    """The (batch_size, block_size + 1) token windows of one step: a function of the seed and the step alone.
+
+    Each epoch cuts the text into windows at another offset and visits them in another order, each once."""
+    B, T = config.batch_size, config.block_size
+    n_windows = (len(tokens) - 1) // T - 1
+    windows = []
+    for i in range(step * B, (step + 1) * B):
+        epoch, index = divmod(i, n_windows)
+        if not windows or index == 0:
+            rng = np.random.default_rng((config.seed, epoch))
+            offset, order = rng.integers(T), rng.permutation(n_windows)
+        start = offset + order[index] * T
+        windows.append(tokens[start:start + T + 1])
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+
+def matrix_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product on this device: the ceiling that MFU refers to."""
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(4):
+            b = a @ a
+        b[0, 0].item()
+        best = max(best, 4 * 2 * 1024**3 / (time.perf_counter() - start))
+    return best
+
+
+def flops_per_token(model, T):
+    """Multiply-adds of forward and backward pass, counted as in Chowdhery et al. 2022 (PaLM), appendix B: 6 for each
+    weight in a matrix product and 12·n_layer·C·T for attention."""
+    c = model.model.config
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
+    return 6 * (matrices + c.tie_embeddings * c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+
+
+def main():
+    config = load_config(PretrainConfig, __doc__)
+    with Run(config, "pretrain") as run:
+        tokenizer = load_tokenizer(config.out_dir)
+        tokens, data = load_tokens(config.out_dir, "train")
+        if len(tokens) < 2 * config.block_size + 2:
+            raise SystemExit(f"train.bin has {len(tokens)} tokens, too few for --block_size={config.block_size}: "
+                             "prepare more text or choose a smaller block_size")
+        config.vocab_size = tokenizer.size
+        model_config = ModelConfig(**{k: v for k, v in asdict(config).items() if k in ModelConfig.__dataclass_fields__})
+        step, best = 0, float("inf")
+        if config.resume:
+            checkpoint = load_checkpoint(run.path("pretrain.last.pt"), "python pretrain.py", tokenizer.hash)
+            step, best, model_config = checkpoint["step"], checkpoint["best"], checkpoint["model_config"]
+        else:
+            run.keep_earlier("pretrain.pt", "pretrain.last.pt")
+        model = LanguageModel(model_config).to(run.device)
+        optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
+        if config.resume:
+            run.restore(checkpoint, model, optimizer)
+        trained = run.wrap(torch.compile(model) if config.compile else model)
+        flops, peak = flops_per_token(model, config.block_size), matrix_rate(run.device, run.dtype) * run.world
+        if run.main:
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which "
+                  f"{config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
+                  f"matrix products reach {peak / 1e9:.0f} GFLOP/s here")
+
+        def save(name):
+            run.save(name, model=model.state_dict(), model_config=asdict(model_config), step=step, best=best,
+                     optimizer=optimizer.state_dict(), tokenizer=tokenizer.hash, parent="train.bin of prepare.py")
+
+        n_targets = config.batch_size * config.block_size
+        clock, last_logged = time.time(), step
+        while step < config.max_steps:
+            batch = get_batch(tokens, step, config).to(run.device)                              # (B, T+1)
+            loss = run.backward(trained, config.batch_size, config.micro_batch_size, lambda rows:
+                                trained(batch[rows, :-1], batch[rows, 1:]).sum() / n_targets)
+            norm = run.update(model, optimizer, loss, step, config,
+                              learning_rate_factor(step, config.max_steps, config.warmup_steps))
+            step += 1
+
+            stop, last = run.stopping(), step == config.max_steps
+            if step % 20 == 0 or step == 1 or last:
+                seconds, done = time.time() - clock, (step - last_logged) * n_targets
+                run.log(step, f"step {step:5}/{config.max_steps}  loss {loss:.4f}  grad {norm:.2f}  "
+                        f"{done / seconds:,.0f} tokens/s  MFU {flops * done / seconds / peak:.0%}  "
+                        f"{(config.max_steps - step) * seconds / (step - last_logged):.0f} s to go", loss=loss,
+                        gradient_norm=norm, tokens_per_s=done / seconds, mfu=flops * done / seconds / peak)
+                clock, last_logged = time.time(), step
+            if step % config.eval_every == 0 or last or stop:
+                model.eval()
+                with torch.no_grad():
+                    bpb = bits_per_byte(model, run)
+                model.train()
+                run.log(step, f"step {step:5}  validation {bpb:.4f} bits per byte"
+                        + (" (best so far)" if bpb < best else ""), bits_per_byte=bpb)
+                if bpb < best:
+                    best = bpb
+                    save("pretrain.pt")
+                save("pretrain.last.pt")
+                clock, last_logged = time.time(), step
+            if stop and not last:
+                run.stopped("pretrain.last.pt")
+
+        model.load_state_dict(load_checkpoint(run.path("pretrain.pt"), "python pretrain.py")["model"])
+        figures = scorecard(run, "pretrain", model, tokenizer)
+        if run.main:
+            print(f"{data['byte_entropy'] / figures['bits_per_byte']:.1f} times below the entropy of single bytes "
+                  f"({data['byte_entropy']:.2f} bits); next: python sft.py")
+
+
+if __name__ == "__main__":
+    main()

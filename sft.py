@@ -1,0 +1,145 @@
+"""Stage 2, supervised fine-tuning: the pretrained model learns to answer, from prompt–response pairs.
+
+    loss = -1/N · Σ log p(token t+1 | tokens ≤ t)      over the N tokens of the batch that the *assistant* says
+
+It is pretraining's loss with a mask (Ouyang et al. 2022, "InstructGPT", step 1): the prompt is read but not learned,
+the <|im_end|> that closes an answer is, so that the model learns to stop.
+
+    python sft.py                                torchrun --nproc_per_node=8 sft.py --config=…
+
+It reads pretrain.pt and sft.jsonl and writes sft.pt (best by validation loss) and sft.last.pt (for --resume).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from model import (IGNORE, LanguageModel, Optimizers, Run, RunConfig, learning_rate_factor, load_checkpoint,
+                   load_config, option, pad)
+from prepare import load_tokenizer, read_jsonl, render, scorecard
+
+
+@dataclass
+class SFTConfig(RunConfig):
+    table = "sft"
+    epochs: int = option(4, "passes over the demonstrations", low=1)
+    batch_size: int = option(32, "conversations a step, over all processes", low=1)
+    micro_batch_size: int = option(32, "conversations a process computes at once", low=1)
+    learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
+    weight_decay: float = option(0.0, "decay of the matrices", low=0)
+    warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
+    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
+    val_share: float = option(0.1, "share of the demonstrations held out for validation", low=0.001, high=0.5)
+    resume: bool = option(False, "go on from sft.last.pt")
+
+
+def make_example(tokenizer, messages):
+    """A conversation as (ids, targets): targets[t] is ids[t + 1] where the assistant says it, else IGNORE."""
+    ids, trained = render(tokenizer, messages)
+    return ids[:-1], [t if say else IGNORE for t, say in zip(ids[1:], trained[1:])]
+
+
+def epoch_batches(lengths, batch_size, key):
+    """The batches of one epoch as lists of indices, a function of `key` alone.
+
+    Examples are shuffled, then sorted by length within pools of eight batches: neighbours are about equally long, so
+    little is padding, and yet every epoch groups them in another way."""
+    rng = np.random.default_rng(key)
+    order, pool = rng.permutation(len(lengths)), 8 * batch_size
+    batches = []
+    for i in range(0, len(order), pool):
+        some = sorted(order[i:i + pool].tolist(), key=lambda n: lengths[n])
+        batches += [some[j:j + batch_size] for j in range(0, len(some), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def make_batch(examples, device):
+    """Examples → ids (B, T) padded with 0, targets (B, T) padded with IGNORE."""
+    ids, targets = zip(*examples)
+    return pad(ids).to(device), pad(targets, IGNORE).to(device)
+
+
+@torch.no_grad()
+def validation_loss(model, examples, run):
+    """Mean over all target tokens of the held-out conversations, shared among the processes."""
+    model.eval()
+    mine, total, count = [examples[i] for i in run.share(len(examples))], 0.0, 0
+    for i in range(0, len(mine), 64):
+        ids, targets = make_batch(mine[i:i + 64], run.device)
+        with run.autocast():
+            total += model(ids, targets).sum().item()
+        count += (targets != IGNORE).sum().item()
+    model.train()
+    return run.sum(total) / run.sum(count)
+
+
+def main():
+    config = load_config(SFTConfig, __doc__)
+    with Run(config, "sft") as run:
+        tokenizer = load_tokenizer(config.out_dir)
+        parent = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py", tokenizer.hash)
+        model_config = parent["model_config"]
+        made = [make_example(tokenizer, record["messages"]) for record in read_jsonl(run.path("sft.jsonl"))]
+        examples = [e for e in made if len(e[0]) <= model_config.block_size]
+        if len(examples) < max(2, len(made) / 2):
+            raise SystemExit(f"{len(made) - len(examples)} of {len(made)} conversations are longer than the context of "
+                             f"{model_config.block_size} tokens: pretrain with a larger --block_size")
+        n_val = max(1, round(len(examples) * config.val_share))
+        validation, examples = examples[:n_val], examples[n_val:]
+        lengths, steps_per_epoch = [len(ids) for ids, _ in examples], math.ceil(len(examples) / config.batch_size)
+
+        step, best, steps = 0, float("inf"), config.epochs * steps_per_epoch
+        if config.resume:
+            checkpoint = load_checkpoint(run.path("sft.last.pt"), "python sft.py", tokenizer.hash)
+            step, best = checkpoint["step"], checkpoint["best"]
+        else:
+            run.keep_earlier("sft.pt", "sft.last.pt")
+        model = LanguageModel(model_config).to(run.device)
+        model.load_state_dict(parent["model"])
+        optimizer = Optimizers(model, config.learning_rate, weight_decay=config.weight_decay)
+        if config.resume:
+            run.restore(checkpoint, model, optimizer)
+        trained = run.wrap(model)
+        if run.main:
+            n_targets = sum(t != IGNORE for _, targets in examples for t in targets)
+            print(f"{len(examples)} conversations to learn from, {n_val} held out, {len(made) - len(examples) - n_val} "
+                  f"too long; {n_targets:,} of {sum(lengths):,} tokens are the assistant's")
+
+        def save(name):
+            run.save(name, model=model.state_dict(), model_config=asdict(model_config), step=step, best=best,
+                     optimizer=optimizer.state_dict(), tokenizer=tokenizer.hash, parent="pretrain.pt of pretrain.py")
+
+        while step < steps:
+            epoch, index = divmod(step, steps_per_epoch)
+            batch = epoch_batches(lengths, config.batch_size, (config.seed, epoch))[index]
+            ids, targets = make_batch([examples[i] for i in batch], run.device)                 # (B, T) both
+            n_targets = (targets != IGNORE).sum()                # of the whole batch, whoever computes its rows
+            loss = run.backward(trained, len(batch), config.micro_batch_size, lambda rows:
+                                trained(ids[rows], targets[rows]).sum() / n_targets)
+            run.update(model, optimizer, loss, step, config, learning_rate_factor(step, steps, config.warmup_steps))
+            step += 1
+
+            stop = run.stopping()
+            if step % 20 == 0 or step == 1:
+                run.log(step, f"step {step:4}/{steps}  loss {loss:.4f}", loss=loss)
+            if step % steps_per_epoch == 0 or stop:
+                val = validation_loss(model, validation, run)
+                run.log(step, f"step {step:4}/{steps}  validation loss {val:.4f}" + " (best so far)" * (val < best),
+                        val_loss=val)
+                if val < best:
+                    best = val
+                    save("sft.pt")
+                save("sft.last.pt")
+            if stop and step < steps:
+                run.stopped("sft.last.pt")
+
+        model.load_state_dict(load_checkpoint(run.path("sft.pt"), "python sft.py")["model"])
+        scorecard(run, "sft", model, tokenizer, val_loss=round(best, 4))
+        if run.main:
+            print("next: python reward.py")
+
+
+if __name__ == "__main__":
+    main()
