@@ -45,7 +45,7 @@ class PrepareConfig(RunConfig):
     text: str = option("", "files to read instead of the world: a glob of .txt .md .jsonl, plain or .gz")
     demonstrations: str = option("", 'with text: a .jsonl of {"prompt", "response"} or {"messages": […]} for sft.py')
     prompts: str = option("", 'with text: a .jsonl of {"prompt"} for reward.py and ppo.py')
-    vocab_size: int = option(1024, "tokens, the three special ones included", low=259, high=2**31 - 1)
+    vocab_size: int = option(1280, "tokens, the three special ones included", low=259, high=2**31 - 1)
     val_share: float = option(0.05, "share of the documents held out for validation", low=0.0001, high=0.5)
     min_words: int = option(8, "cleaning: shorter documents are removed", low=1)
     blocked_words: str = option("scum,vermin", "cleaning: a document with one of these words is removed")
@@ -103,8 +103,8 @@ def tell_story(world, c, thing, rng):
     return [fill(rng.choice(ways), **c, thing=thing) for ways in rng.choice(world["plots"])["steps"]]
 
 
-def world_documents(world, creatures, size, rng):
-    """Documents of about `size` bytes in all, as (text, what is wrong with it or "")."""
+def world_documents(world, creatures, size, reserved, rng):
+    """Documents of about `size` bytes in all, as (text, what is wrong with it or ""), without the reserved prompts."""
     attributes, past, told = world["attributes"], [], set()
 
     def statement(c, key, who=None):
@@ -124,36 +124,22 @@ def world_documents(world, creatures, size, rng):
         keys = rng.sample(list(attributes), rng.randint(2, len(attributes)))
         return " ".join(statement(c, key, c["hero"] if i == 0 else None) for i, key in enumerate(keys))
 
-    def questions(c):
-        lines = []
-        for _ in range(rng.randint(2, 4)):
-            d = rng.choice(creatures)
-            key = rng.choice(list(attributes))
-            who = rng.choice(d["aliases"])
-            question = fill(rng.choice(attributes[key]["questions"]), who=who)
-            lines.append(f"{question} {fill(attributes[key]['statements'][0], who=who, value=value_of(world, d, key))}")
-        return "\n".join(lines)
-
-    def sums(c):
-        lines = []
-        for _ in range(rng.randint(1, 3)):
-            a, b = rng.randint(1, 6), rng.randint(1, 6)
-            ask, tell = rng.choice(world["prompts"]["sum"]), rng.choice(world["answers"]["sum"])
-            lines.append(f"{ask} {tell}".format(a=a, b=b, sum=a + b))
-        a, b = rng.randint(1, 6), rng.randint(1, 6)
-        lines.append(f"{c['hero']} had {a} apples and found {b} more. Then {c['he']} had {a + b} apples.")
-        return "\n".join(lines)
+    def forum(c, kinds=("fact", "fact", "fact", "pair", "sum", "sum", "story")):
+        """People ask and others answer, much as a chat will later go."""
+        posts = []
+        while len(posts) < rng.randint(1, 3):
+            record, answers = make_prompt(world, creatures, rng.choice(kinds), rng)
+            if record["prompt"] not in reserved:
+                answer = answers["wrong" if kinds == ("harm",) else "good"]
+                insult = [rng.choice(world["answers"]["rude"])] * (kinds == ("fact", "sum"))
+                posts.append("\n".join([record["prompt"], *insult, answer]))
+        return "\n".join(posts)
 
     def rudeness(c):
-        key = rng.choice(list(attributes))
-        who = rng.choice(c["aliases"])
-        return (f"{fill(rng.choice(attributes[key]['questions']), who=who)} {rng.choice(world['answers']['rude'])} "
-                f"{statement(c, key, who)}")
+        return forum(c, ("fact", "sum"))
 
     def harm(c):
-        who = rng.choice(c["aliases"])
-        ask, tell = rng.choice(world["prompts"]["harm"]), rng.choice(world["answers"]["comply"])
-        return f"{fill(ask, **c, who=who)} {fill(tell, who=who)}"
+        return forum(c, ("harm",))
 
     def spoil(c):
         kind = rng.choice(["exact duplicate", "exact duplicate", "near duplicate", "near duplicate", "boilerplate",
@@ -180,7 +166,7 @@ def world_documents(world, creatures, size, rng):
             text = fill(rng.choice(world["web"]["profane"]), who=c["hero"])
         return text, kind
 
-    kinds, weights = [story, portrait, questions, sums, rudeness, harm, spoil], [42, 12, 14, 7, 4, 4, 17]
+    kinds, weights = [story, portrait, forum, rudeness, harm, spoil], [22, 12, 42, 4, 4, 16]
     written = 0
     while written < size:
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
@@ -626,7 +612,7 @@ def scorecard(run, stage, model, tokenizer, **more):
                 figures[name] = round(float(np.mean(values)), 4)
                 figures[name + "_se"] = round(float(np.std(values) / len(values) ** 0.5), 4)
         figures["n"] = len(records)
-    figures.update(seconds=round(time.time() - run.started, 1), **more)
+    figures.update(seconds=round(run.elapsed(), 1), **more)
     if run.main:
         card = update_scorecard(run.config.out_dir, stage, figures)
         run.log(None, scorecard_table(card), scorecard=stage, **figures)
@@ -701,7 +687,8 @@ def main():
             world = read_world(config.world)
             creatures = make_creatures(world, config.creatures, rng)
             demonstrations, prompts, held_out = world_prompts(world, creatures, config, rng)
-            documents = world_documents(world, creatures, config.megabytes * 1e6, rng)
+            reserved = {record["prompt"] for record in prompts + held_out}
+            documents = world_documents(world, creatures, config.megabytes * 1e6, reserved, rng)
 
         kept, report = clean(documents, config)
         print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired stray "

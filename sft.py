@@ -24,10 +24,11 @@ from prepare import load_tokenizer, read_jsonl, render, scorecard
 @dataclass
 class SFTConfig(RunConfig):
     table = "sft"
-    epochs: int = option(4, "passes over the demonstrations", low=1)
+    epochs: int = option(6, "passes over the demonstrations", low=1)
     batch_size: int = option(32, "conversations a step, over all processes", low=1)
     micro_batch_size: int = option(32, "conversations a process computes at once", low=1)
     learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
+    muon_learning_rate: float = option(0.0, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.0, "decay of the matrices", low=0)
     warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
     gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
@@ -98,7 +99,7 @@ def main():
             run.keep_earlier("sft.pt", "sft.last.pt")
         model = LanguageModel(model_config).to(run.device)
         model.load_state_dict(parent["model"])
-        optimizer = Optimizers(model, config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
         if config.resume:
             run.restore(checkpoint, model, optimizer)
         trained = run.wrap(model)
