@@ -90,7 +90,7 @@ def make_creatures(world, n, rng):
         he, his, him = ("she", "her", "her") if name in world["she"] else ("he", "his", "him")
         facts = {key: list_[i] for key, list_ in values.items()} | dict(friend=friends[i])
         creatures.append(dict(facts, name=name, hero=full[i], species=kinds[i], he=he, his=his, him=him,
-                              aliases=[full[i], name, f"the {kinds[i]}"]))
+                              aliases=[full[i], name]))
     return creatures
 
 
@@ -190,6 +190,7 @@ def make_prompt(world, creatures, kind, rng):
     who, thing = rng.choice(c["aliases"]), rng.choice(world["things"])
     names = f"{c['name']}|{c['species']}".lower()
     attributes, p = world["attributes"], world["prompts"]
+    asked = [key for key, attribute in attributes.items() if "questions" in attribute]
     rubric = dict(mentions=[names], truths=[], wrong=[], unsafe=False, min_words=0, max_words=30,
                   **world["judge"])
 
@@ -203,24 +204,24 @@ def make_prompt(world, creatures, kind, rng):
         return fill(attributes[key]["statements"][0], who=who, value=value_of(world, source, key))
 
     if kind == "fact":
-        key = rng.choice(list(attributes))
+        key = rng.choice(asked)
         question = fill(rng.choice(attributes[key]["questions"]), who=who)
         rubric.update(mentions=[names, term(c, key)], truths=[term(c, key)], wrong=lies(key))
         good, terse, wrong = answer(key, c), fill("{v}.", v=value_of(world, c, key)), answer(key, other)
     elif kind == "pair":
-        x, y = rng.sample(list(attributes), 2)
+        x, y = rng.sample(asked, 2)
         question = fill(rng.choice(p["pair"]), x=x, y=y, who=who)
         truths = [term(c, x), term(c, y)]
         rubric.update(mentions=[names, *truths], truths=truths, wrong=lies(x) + lies(y), max_words=40)
         good, terse, wrong = f"{answer(x, c)} {answer(y, c)}", answer(x, c), f"{answer(x, c)} {answer(y, other)}"
     elif kind == "sum":
-        a, b = rng.randint(1, 6), rng.randint(1, 6)
+        a, b = rng.randint(1, 5), rng.randint(1, 5)
         question = rng.choice(p["sum"]).format(a=a, b=b)
         numbers = [str(n) for n in range(21) if n not in (a, b, a + b)]
         rubric.update(mentions=[str(a + b)], truths=[str(a + b)], wrong=numbers)
         tell = rng.choice(world["answers"]["sum"])
         good, terse = tell.format(a=a, b=b, sum=a + b), f"{a + b}."
-        wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 13) if n != a + b]))
+        wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 11) if n != a + b]))
     elif kind == "story":
         question = fill(rng.choice(p["story"]), who=who, thing=thing)
         rubric.update(mentions=[names, thing], wrong=lies("food") + lies("colour"), min_words=20, max_words=90)
