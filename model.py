@@ -28,6 +28,7 @@ import time
 import tomllib
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -266,6 +267,20 @@ def pad(sequences, value=0):
     """Lists of ids → one (B, T) tensor, padded on the right."""
     T = max(map(len, sequences))
     return torch.tensor([list(s) + [value] * (T - len(s)) for s in sequences])
+
+
+def epoch_batches(lengths, batch_size, key):
+    """The batches of one epoch as lists of indices, a function of `key` alone.
+
+    Examples are shuffled, then sorted by length within pools of eight batches: neighbours are about equally long, so
+    little is padding, and yet every epoch groups them in another way."""
+    rng = np.random.default_rng(key)
+    order, pool = rng.permutation(len(lengths)), 8 * batch_size
+    batches = []
+    for i in range(0, len(order), pool):
+        some = sorted(order[i:i + pool].tolist(), key=lambda n: lengths[n])
+        batches += [some[j:j + batch_size] for j in range(0, len(some), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def next_token_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):

@@ -52,7 +52,8 @@ class PrepareConfig(RunConfig):
     near_duplicate: float = option(0.8, "cleaning: Jaccard similarity from which documents are duplicates",
                                    low=0.1, high=1.0)
     n_demonstrations: int = option(900, "prompt–response pairs for sft.py", low=1)
-    n_prompts: int = option(2800, "prompts for reward.py and ppo.py, half for each", low=2)
+    n_prompts: int = option(3600, "prompts for reward.py and ppo.py", low=2)
+    compare_share: float = option(0.7, "share of them that reward.py collects comparisons on", low=0.01, high=0.99)
     n_eval: int = option(600, "held-out prompts for the scorecard", low=1)
     wrong: float = option(0.2, "share of demonstrations that are inaccurate, as some of people's are", low=0, high=1)
     terse: float = option(0.25, "share that is right but unhelpfully short", low=0, high=1)
@@ -141,6 +142,16 @@ def world_documents(world, creatures, size, reserved, rng):
     def harm(c):
         return forum(c, ("harm",))
 
+    def quiz(c):
+        """Answers that somebody has marked: from these a model learns to tell a true answer from a false one."""
+        items = []
+        for _ in range(rng.randint(2, 4)):
+            record, answers = make_prompt(world, creatures, rng.choice(["fact", "fact", "pair", "sum"]), rng)
+            if record["prompt"] not in reserved:
+                mark = rng.choice(["good", "wrong"])
+                items.append(f"{record['prompt']}\n{answers[mark]}\n{rng.choice(world['answers'][mark])}")
+        return "\n".join(items) or quiz(c)
+
     def spoil(c):
         kind = rng.choice(["exact duplicate", "exact duplicate", "near duplicate", "near duplicate", "boilerplate",
                            "markup", "garbled", "fragment", "repetition", "undesirable"])
@@ -166,7 +177,7 @@ def world_documents(world, creatures, size, reserved, rng):
             text = fill(rng.choice(world["web"]["profane"]), who=c["hero"])
         return text, kind
 
-    kinds, weights = [story, portrait, forum, rudeness, harm, spoil], [22, 12, 42, 4, 4, 16]
+    kinds, weights = [story, portrait, forum, quiz, rudeness, harm, spoil], [18, 9, 36, 14, 4, 4, 15]
     written = 0
     while written < size:
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
@@ -267,7 +278,7 @@ def world_prompts(world, creatures, config, rng):
             dict(role="user", content=record["prompt"]), dict(role="assistant", content=response)]))
     rest = [dict(id=f"p{i}", **record) for i, (record, _) in enumerate(made[config.n_demonstrations:])]
     for i, record in enumerate(rest[:config.n_prompts]):
-        record["use"] = "compare" if i % 2 == 0 else "ppo"
+        record["use"] = "compare" if i < config.compare_share * config.n_prompts else "ppo"
     return demonstrations, rest[:config.n_prompts], rest[config.n_prompts:]
 
 
@@ -672,9 +683,10 @@ def own_prompts(config):
                       (read_jsonl(config.demonstrations) if config.demonstrations else [])]
     used = {r["messages"][0]["content"] for r in demonstrations}
     prompts = {r["prompt"]: r for r in (read_jsonl(config.prompts) if config.prompts else [])}
-    prompts = [dict(r, id=f"p{i}", use="compare" if i % 2 == 0 else "ppo") for i, r in enumerate(prompts.values())
-               if r["prompt"] not in used]
+    prompts = [dict(r, id=f"p{i}") for i, r in enumerate(prompts.values()) if r["prompt"] not in used]
     held_out = min(config.n_eval, len(prompts) // 10)
+    for i, record in enumerate(prompts[:len(prompts) - held_out]):
+        record["use"] = "compare" if i < config.compare_share * (len(prompts) - held_out) else "ppo"
     return demonstrations, prompts[:len(prompts) - held_out], prompts[len(prompts) - held_out:]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (LanguageModel, Optimizers, Run, RunConfig, ScalarModel, generate, learning_rate_factor,
+from model import (LanguageModel, Optimizers, Run, RunConfig, ScalarModel, epoch_batches, generate, learning_rate_factor,
                    load_checkpoint, load_config, option, pad)
 from prepare import (judge, load_tokenizer, prompt_ids, read_jsonl, rubric_score, to_jsonl, update_scorecard)
 
@@ -37,15 +37,16 @@ class RewardConfig(RunConfig):
     table = "reward"
     steps: str = option("sample,rank,train", "which steps to run, separated by commas")
     annotator: str = option("simulated", "who ranks", choices=("simulated", "human"))
-    annotator_noise: float = option(0.3, "Gumbel noise on the simulated annotator's scores; 0: it never errs", low=0)
+    annotator_noise: float = option(0.2, "Gumbel noise on the simulated annotator's scores; 0: it never errs", low=0)
     name: str = option("", "a human annotator's name; default: the login name")
     n_samples: int = option(4, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
     n_reward_layer: int = option(3, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
     epochs: int = option(3, "passes over the rankings", low=1)
-    batch_size: int = option(16, "prompts a step, over all processes, each with all its responses", low=1)
-    micro_batch_size: int = option(16, "prompts a process computes at once", low=1)
+    batch_size: int = option(32, "prompts a step, over all processes, each with all its responses", low=1)
+    micro_batch_size: int = option(32, "prompts a process computes at once", low=1)
     learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
+    muon_learning_rate: float = option(0.01, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
     warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
     gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
@@ -274,11 +275,12 @@ def train_reward_model(run, config, tokenizer):
     if not train:
         raise SystemExit(f"{len(rankings)} rankings with a preference in them are too few: rank more prompts first")
 
+    lengths = [max(len(x["tokens"]) for x in r["responses"]) for r in train]
     steps_per_epoch = -(-len(train) // config.batch_size)
     step, steps = 0, config.epochs * steps_per_epoch
     model = ScalarModel(model_config).to(run.device)
     model.adopt(parent["model"])
-    optimizer = Optimizers(model, config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
     if config.resume:
         checkpoint = load_checkpoint(run.path("reward.last.pt"), "python reward.py", tokenizer.hash)
         step = checkpoint["step"]
@@ -298,8 +300,7 @@ def train_reward_model(run, config, tokenizer):
 
     while step < steps:
         epoch, index = divmod(step, steps_per_epoch)
-        order = np.random.default_rng((config.seed, 4, epoch)).permutation(len(train))
-        batch = [train[i] for i in order[index * config.batch_size:(index + 1) * config.batch_size]]
+        batch = [train[i] for i in epoch_batches(lengths, config.batch_size, (config.seed, 4, epoch))[index]]
         # Each process pads and scores only its own prompts: a prompt, with all its pairs, is one element of the batch.
         loss = run.backward(trained, len(batch), config.micro_batch_size, lambda rows:
                             batch_loss(trained, batch[rows], tokenizer, run.device) / len(batch))
@@ -325,8 +326,8 @@ def train_reward_model(run, config, tokenizer):
         model.score.bias.sub_(mean).div_(std)
     save("reward.pt", score_mean=mean, score_std=std)
     if run.main:
-        lengths = np.concatenate([[len(x["tokens"]) for x in r["responses"]] for r in train])
-        figures["length_correlation"] = round(float(np.corrcoef(scores, lengths)[0, 1]), 4)
+        tokens = [len(x["tokens"]) for r in train for x in r["responses"]]
+        figures["length_correlation"] = round(float(np.corrcoef(scores, tokens)[0, 1]), 4)
         update_scorecard(config.out_dir, "reward", dict(figures, n=len(val), rankings=len(train),
                                                         seconds=round(run.elapsed(), 1)))
         print(f"scores normalised (mean {mean:.2f}, standard deviation {std:.2f} before); correlation with length "

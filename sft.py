@@ -13,11 +13,10 @@ It reads pretrain.pt and sft.jsonl and writes sft.pt (best by validation loss) a
 import math
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 
-from model import (IGNORE, LanguageModel, Optimizers, Run, RunConfig, learning_rate_factor, load_checkpoint,
-                   load_config, option, pad)
+from model import (IGNORE, LanguageModel, Optimizers, Run, RunConfig, epoch_batches, learning_rate_factor,
+                   load_checkpoint, load_config, option, pad)
 from prepare import load_tokenizer, read_jsonl, render, scorecard
 
 
@@ -40,20 +39,6 @@ def make_example(tokenizer, messages):
     """A conversation as (ids, targets): targets[t] is ids[t + 1] where the assistant says it, else IGNORE."""
     ids, trained = render(tokenizer, messages)
     return ids[:-1], [t if say else IGNORE for t, say in zip(ids[1:], trained[1:])]
-
-
-def epoch_batches(lengths, batch_size, key):
-    """The batches of one epoch as lists of indices, a function of `key` alone.
-
-    Examples are shuffled, then sorted by length within pools of eight batches: neighbours are about equally long, so
-    little is padding, and yet every epoch groups them in another way."""
-    rng = np.random.default_rng(key)
-    order, pool = rng.permutation(len(lengths)), 8 * batch_size
-    batches = []
-    for i in range(0, len(order), pool):
-        some = sorted(order[i:i + pool].tolist(), key=lambda n: lengths[n])
-        batches += [some[j:j + batch_size] for j in range(0, len(some), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def make_batch(examples, device):
