@@ -1,0 +1,288 @@
+"""Stage 4, RLHF: proximal policy optimisation tunes the SFT model to earn the reward model's score.
+
+    maximise  E[ r(prompt, response) - β · log(π(response) / π_SFT(response)) ]
+
+Each iteration samples responses to new prompts (the rollout), scores them, estimates how much better each token was
+than expected (the advantage), and makes better tokens likelier, within a clipped distance of the sampling policy
+(Schulman et al. 2017; Ouyang et al. 2022, step 3; implementation details as in Huang et al. 2024, "N+").
+
+Four models: the policy π and the value function V are trained; the SFT model (reference) and the reward model are not.
+
+    python ppo.py                                torchrun --nproc_per_node=8 ppo.py --config=…
+
+It reads sft.pt, reward.pt and prompts.jsonl and writes ppo.pt and ppo.last.pt (for --resume).
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from model import (IGNORE, LanguageModel, Optimizers, Run, RunConfig, ScalarModel, generate, learning_rate_factor,
+                   load_checkpoint, load_config, option, pad)
+from prepare import load_tokenizer, prompt_ids, read_jsonl, rubric_score, scorecard
+
+
+@dataclass
+class PPOConfig(RunConfig):
+    table = "ppo"
+    max_steps: int = option(40, "iterations: rollout, then update", low=1)
+    batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
+    minibatch_size: int = option(24, "responses an optimizer step", low=1)
+    micro_batch_size: int = option(64, "responses a process computes at once", low=1)
+    epochs: int = option(3, "passes over each rollout", low=1)
+    learning_rate: float = option(3e-4, "peak rate of the policy, annealed to 0", low=0)
+    value_learning_rate: float = option(1e-3, "peak rate of the value function, annealed to 0", low=0)
+    warmup_steps: int = option(0, "iterations of linear warm-up", low=0)
+    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
+    kl_coefficient: float = option(0.05, "β: reward lost per nat of log π/π_SFT", low=0)
+    discount: float = option(1.0, "γ", low=0, high=1)
+    gae_lambda: float = option(0.95, "λ of generalised advantage estimation", low=0, high=1)
+    policy_clip: float = option(0.2, "the probability ratio is clipped to 1 ± this", low=0)
+    value_clip: float = option(0.2, "new values are clipped to old ± this", low=0)
+    temperature: float = option(1.0, "of the rollouts, and of every log-probability", low=0.01)
+    missing_end_penalty: float = option(1.0, "score lost by a response that does not end", low=0)
+    save_every: int = option(10, "iterations between checkpoints", low=1)
+    resume: bool = option(False, "go on from ppo.last.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics. All tensors are (B, R): response tokens from the left, then padding, which `mask` marks with False.
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Shift and scale to mean 0 and variance 1 over the entries of the mask."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
+    """r_t = -β (log π - log π_ref) at every token, and the score besides at the last (Ziegler et al. 2019, eq. 2)."""
+    rewards = -kl_coefficient * (logprobs - ref_logprobs) * mask
+    last = mask.sum(1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards, values, mask, discount=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): A_t = Σ_l (γλ)^l δ_{t+l},
+    δ_t = r_t + γ V_{t+1} - V_t, where V is 0 past the end. values[t] is V of the state *before* token t.
+
+    Returns (advantages, returns), both (B, R); returns = advantages + values is what V learns."""
+    values = values * mask
+    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        following = (delta + discount * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    """max(-A ρ, -A clip(ρ, 1 ± ε)) with ρ = π/π_old, for each token (Schulman et al. 2017, eq. 7)."""
+    ratio = (logprobs - old_logprobs).exp()
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_loss(values, old_values, returns, clip):
+    """½ max((v - R)², (clip(v, v_old ± ε) - R)²), for each token."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def kl_estimates(logprobs, ref_logprobs):
+    """Estimates of KL(π‖π_ref) from samples of π (Schulman 2020): k1 = log π/π_ref; k3 = e^-k1 - 1 + k1, never
+    negative. Both have the right mean, for each token."""
+    k1 = logprobs - ref_logprobs
+    return k1, torch.exp(-k1) - 1 + k1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+def make_batch(prompts, responses, device):
+    """Lists of ids → tokens (B, T) of prompt + response, targets (B, T): the next token where it is the response's,
+    else IGNORE; starts (B,): the position that predicts the response's first token; lengths (B,) of the responses."""
+    tokens = pad([p + r for p, r in zip(prompts, responses)]).to(device)
+    targets = pad([[IGNORE] * (len(p) - 1) + r + [IGNORE] for p, r in zip(prompts, responses)], IGNORE).to(device)
+    starts = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    lengths = torch.tensor([len(r) for r in responses], device=device)
+    return tokens, targets, starts, lengths
+
+
+def at_response(x, starts, lengths):
+    """(B, T) by position → (B, R) by response token, and the mask (B, R) of real ones."""
+    t = torch.arange(int(lengths.max()), device=x.device)
+    mask = t < lengths[:, None]
+    return x.gather(1, (starts[:, None] + t).clamp(max=x.shape[1] - 1)) * mask, mask
+
+
+def response_logprobs(model, batch, temperature):
+    """log π of each response token, (B, R); the vocabulary head is computed at these positions only."""
+    tokens, targets, starts, lengths = batch
+    return -at_response(model(tokens, targets, temperature), starts, lengths)[0]
+
+
+def response_values(model, batch):
+    """V of the state before each response token, (B, R)."""
+    tokens, _, starts, lengths = batch
+    return at_response(model(tokens), starts, lengths)[0]
+
+
+def last_token_scores(model, batch):
+    """The reward model's score of each whole sequence, (B,)."""
+    tokens, _, starts, lengths = batch
+    return model(tokens).gather(1, (starts + lengths)[:, None]).squeeze(1)
+
+
+def rollout(run, config, tokenizer, policy, records, step):
+    """This process's share of an iteration's prompts, answered: (prompts, responses) as lists of ids."""
+    mine = list(run.share(len(records)))
+    uniforms = run.uniforms(len(records), config.max_new_tokens, 5, step)[mine]
+    prompts = [prompt_ids(tokenizer, records[i]["prompt"]) for i in mine]
+    return prompts, generate(policy, prompts, config.max_new_tokens, tokenizer.end, uniforms, config.temperature)[0]
+
+
+@torch.no_grad()
+def score_rollout(run, config, tokenizer, models, prompts, responses):
+    """What the update needs to know of each response, as a list of dicts of plain numbers."""
+    policy, reference, value_model, reward_model = models
+    rows = []
+    for i in range(0, len(prompts), config.micro_batch_size):
+        part = slice(i, i + config.micro_batch_size)
+        batch = make_batch(prompts[part], responses[part], run.device)
+        with run.autocast():
+            old, ref = (response_logprobs(m, batch, config.temperature) for m in (policy, reference))
+            values, scores = response_values(value_model, batch), last_token_scores(reward_model, batch)
+        for j, response in enumerate(responses[part]):
+            n = len(response)
+            rows.append(dict(prompt=prompts[i + j], response=response, score=scores[j].item(), ended=tokenizer.end in response,
+                             old=old[j, :n].tolist(), ref=ref[j, :n].tolist(), values=values[j, :n].tolist()))
+    return rows
+
+
+def ppo_step(run, config, models, optimizers, rows, step, factor, rng):
+    """Update policy and value function on one rollout, the same on every process; returns the figures to log."""
+    policy, value_model = models
+    column = {k: pad([r[k] for r in rows]).to(run.device) for k in ("old", "ref", "values")}     # (B, R)
+    mask = torch.arange(column["old"].shape[1], device=run.device) < torch.tensor(
+        [len(r["response"]) for r in rows], device=run.device)[:, None]
+    scores = torch.tensor([r["score"] - config.missing_end_penalty * (not r["ended"]) for r in rows], device=run.device)
+    rewards = token_rewards(scores, column["old"], column["ref"], mask, config.kl_coefficient)
+    advantages, returns = gae(rewards, column["values"], mask, config.discount, config.gae_lambda)
+    explained = 1 - masked_mean((returns - column["values"]) ** 2, mask) / masked_mean(
+        (returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-8)
+    advantages = whiten(advantages, mask)
+
+    totals = dict(policy_loss=0.0, value_loss=0.0, clip_fraction=0.0, approx_kl=0.0)
+    minibatches = [order[i:i + config.minibatch_size] for order in [rng.permutation(len(rows)) for _ in
+                   range(config.epochs)] for i in range(0, len(rows), config.minibatch_size)]
+    for chosen in minibatches:
+        n_tokens = mask[chosen].sum()  # of the whole minibatch, whoever computes its rows
+        sums = torch.zeros(2, device=run.device)
+
+        def prepare(part):
+            index = torch.as_tensor(chosen[part], device=run.device)
+            batch = make_batch([rows[i]["prompt"] for i in chosen[part]], [rows[i]["response"] for i in chosen[part]],
+                               run.device)
+            R = int(batch[3].max())
+            return batch, [x[index, :R] for x in (mask, column["old"], advantages, column["values"], returns)]
+
+        def policy_part(part):
+            batch, (m, old, A, _, _) = prepare(part)
+            logprobs = response_logprobs(policy, batch, config.temperature)
+            with torch.no_grad():
+                sums.add_(torch.stack([(((logprobs - old).exp() - 1).abs() > config.policy_clip)[m].sum(),
+                                       kl_estimates(old, logprobs)[1][m].sum()]))
+            return (policy_loss(logprobs, old, A, config.policy_clip) * m).sum() / n_tokens
+
+        def value_part(part):
+            batch, (m, _, _, old, R) = prepare(part)
+            return (value_loss(response_values(value_model, batch), old, R, config.value_clip) * m).sum() / n_tokens
+
+        for name, model, optimizer, part in (("policy_loss", policy, optimizers[0], policy_part),
+                                             ("value_loss", value_model, optimizers[1], value_part)):
+            loss = run.backward(model, len(chosen), config.micro_batch_size, part)
+            run.update(model, optimizer, loss, step, config, factor)
+            totals[name] += loss / len(minibatches)
+        clip_fraction, approx_kl = (run.sum(sums) / n_tokens).tolist()
+        totals["clip_fraction"] += clip_fraction / len(minibatches)
+        totals["approx_kl"] += approx_kl / len(minibatches)
+    k1, k3 = kl_estimates(column["old"], column["ref"])
+    return dict(reward=float(np.mean([r["score"] for r in rows])), kl=(k1 * mask).sum(1).mean().item(),
+                kl3_per_token=masked_mean(k3, mask).item(), entropy=-masked_mean(column["old"], mask).item(),
+                explained_variance=explained.item(), length=mask.sum(1).float().mean().item(),
+                ended=float(np.mean([r["ended"] for r in rows])), **totals)
+
+
+def main():
+    config = load_config(PPOConfig, __doc__)
+    with Run(config, "ppo") as run:
+        tokenizer = load_tokenizer(config.out_dir)
+        sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
+        preference = load_checkpoint(run.path("reward.pt"), "python reward.py", tokenizer.hash)
+        records = read_jsonl(run.path("prompts.jsonl"))
+        records = [r for r in records if r.get("use") == "ppo"] or records  # new ones, not those that were ranked
+        if not records:
+            raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts: run python prepare.py with some")
+        policy, reference = (LanguageModel(sft["model_config"]).to(run.device) for _ in range(2))
+        reward_model, value_model = (ScalarModel(preference["model_config"]).to(run.device) for _ in range(2))
+        for model, checkpoint in ((policy, sft), (reference, sft), (reward_model, preference), (value_model, preference)):
+            model.load_state_dict(checkpoint["model"])
+        # Adam's ε of 1e-5 as in OpenAI's code: gradients vanish towards the end, and noise must not be blown up.
+        optimizers = [Optimizers(policy, config.learning_rate, betas=(0.9, 0.999), eps=1e-5),
+                      Optimizers(value_model, config.value_learning_rate, betas=(0.9, 0.999), eps=1e-5)]
+        step = 0
+        if config.resume:
+            checkpoint = load_checkpoint(run.path("ppo.last.pt"), "python ppo.py", tokenizer.hash)
+            step = checkpoint["step"]
+            run.restore(checkpoint, policy, optimizers[0])
+            value_model.load_state_dict(checkpoint["value_model"])
+            optimizers[1].load_state_dict(checkpoint["value_optimizer"])
+        else:
+            run.keep_earlier("ppo.pt", "ppo.last.pt")
+        trained = run.wrap(policy), run.wrap(value_model)
+
+        def save(name):
+            run.save(name, model=policy.state_dict(), model_config=asdict(sft["model_config"]), step=step, best=None,
+                     optimizer=optimizers[0].state_dict(), value_model=value_model.state_dict(),
+                     value_optimizer=optimizers[1].state_dict(), tokenizer=tokenizer.hash, parent="sft.pt of sft.py")
+
+        while step < config.max_steps:
+            wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
+            shuffled = {e: np.random.default_rng((config.seed, 6, e)).permutation(len(records))
+                        for e in {i // len(records) for i in wanted}}
+            batch = [records[shuffled[i // len(records)][i % len(records)]] for i in wanted]
+            prompts, responses = rollout(run, config, tokenizer, policy, batch, step)
+            rows = run.gather(score_rollout(run, config, tokenizer, (policy, reference, value_model, reward_model),
+                                            prompts, responses))
+            gold = [rubric_score(record, tokenizer.decode([t for t in row["response"] if t != tokenizer.end]), row["ended"])
+                    for record, row in zip(batch, rows) if "rubric" in record]
+            figures = ppo_step(run, config, trained, optimizers, rows, step,
+                               learning_rate_factor(step, config.max_steps, config.warmup_steps),
+                               np.random.default_rng((config.seed, 7, step)))
+            if gold:
+                figures["gold"] = float(np.mean(gold))
+            step += 1
+            run.log(step, f"step {step:3}/{config.max_steps}  reward {figures['reward']:6.3f}  gold "
+                    f"{figures.get('gold', float('nan')):6.3f}  KL {figures['kl']:5.2f}  entropy {figures['entropy']:.2f}  "
+                    f"clipped {figures['clip_fraction']:.1%}  explained {figures['explained_variance']:5.2f}  length "
+                    f"{figures['length']:.0f}  ended {figures['ended']:.0%}", **figures)
+            stop = run.stopping()
+            if step % config.save_every == 0 or stop or step == config.max_steps:
+                save("ppo.last.pt")
+            if stop and step < config.max_steps:
+                run.stopped("ppo.last.pt")
+
+        save("ppo.pt")
+        scorecard(run, "ppo", policy, tokenizer, kl=round(figures["kl"], 3), reward=round(figures["reward"], 3))
+        if run.main:
+            print("next: python sample.py --compare")
+
+
+if __name__ == "__main__":
+    main()
