@@ -142,16 +142,6 @@ def world_documents(world, creatures, size, reserved, rng):
     def harm(c):
         return forum(c, ("harm",))
 
-    def quiz(c):
-        """Answers that somebody has marked: from these a model learns to tell a true answer from a false one."""
-        items = []
-        for _ in range(rng.randint(2, 4)):
-            record, answers = make_prompt(world, creatures, rng.choice(["fact", "fact", "pair", "sum"]), rng)
-            if record["prompt"] not in reserved:
-                mark = rng.choice(["good", "wrong"])
-                items.append(f"{record['prompt']}\n{answers[mark]}\n{rng.choice(world['answers'][mark])}")
-        return "\n".join(items) or quiz(c)
-
     def spoil(c):
         kind = rng.choice(["exact duplicate", "exact duplicate", "near duplicate", "near duplicate", "boilerplate",
                            "markup", "garbled", "fragment", "repetition", "undesirable"])
@@ -177,7 +167,7 @@ def world_documents(world, creatures, size, reserved, rng):
             text = fill(rng.choice(world["web"]["profane"]), who=c["hero"])
         return text, kind
 
-    kinds, weights = [story, portrait, forum, quiz, rudeness, harm, spoil], [18, 9, 36, 14, 4, 4, 15]
+    kinds, weights = [story, portrait, forum, rudeness, harm, spoil], [22, 12, 42, 4, 4, 16]
     written = 0
     while written < size:
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
@@ -226,13 +216,13 @@ def make_prompt(world, creatures, kind, rng):
         rubric.update(mentions=[names, *truths], truths=truths, wrong=lies(x) + lies(y), max_words=40)
         good, terse, wrong = f"{answer(x, c)} {answer(y, c)}", answer(x, c), f"{answer(x, c)} {answer(y, other)}"
     elif kind == "sum":
-        a, b = rng.randint(1, 5), rng.randint(1, 5)
+        a, b = rng.randint(1, 4), rng.randint(1, 4)
         question = rng.choice(p["sum"]).format(a=a, b=b)
         numbers = [str(n) for n in range(21) if n not in (a, b, a + b)]
         rubric.update(mentions=[str(a + b)], truths=[str(a + b)], wrong=numbers)
         tell = rng.choice(world["answers"]["sum"])
         good, terse = tell.format(a=a, b=b, sum=a + b), f"{a + b}."
-        wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 11) if n != a + b]))
+        wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 9) if n != a + b]))
     elif kind == "story":
         question = fill(rng.choice(p["story"]), who=who, thing=thing)
         rubric.update(mentions=[names, thing], wrong=lies("food") + lies("colour"), min_words=20, max_words=90)
@@ -256,7 +246,7 @@ def world_prompts(world, creatures, config, rng):
     seen, made = set(), []
     wanted = config.n_demonstrations + config.n_prompts + config.n_eval
     for attempt in range(100 * wanted):
-        kind = rng.choices(["fact", "pair", "sum", "story", "harm"], [38, 10, 10, 20, 22])[0]
+        kind = rng.choices(["fact", "pair", "sum", "story", "harm"], [44, 10, 6, 20, 20])[0]
         record, answers = make_prompt(world, creatures, kind, rng)
         if record["prompt"].lower() not in seen:
             seen.add(record["prompt"].lower())
