@@ -46,7 +46,7 @@ def option(default, help, low=None, high=None, choices=None):
 class ModelConfig:
     """The shape of a Transformer (table [model] of a config file)."""
     table = "model"
-    n_layer: int = option(4, "number of blocks", low=1)
+    n_layer: int = option(3, "number of blocks", low=1)
     n_head: int = option(4, "query heads", low=1)
     n_kv_head: int = option(2, "key and value heads, each shared by n_head / n_kv_head query heads", low=1)
     n_embd: int = option(128, "channels", low=2)
@@ -76,7 +76,7 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q kᵀ / √D) v over the keys that `mask` (B, 1, T, S) allows; without a mask, over those not in the future.
+    """softmax(q kᵀ / √D) v over the keys that `mask` (B, 1, T, S) allows; without a mask, over the past and present.
 
     q (B, H, T, D); k, v (B, Hkv, S, D): each key head serves H / Hkv query heads. In bfloat16 on a CPU, plain matrix
     products with a table of 0 and -∞ are faster than PyTorch's fused kernel; everywhere else the kernel is."""
@@ -324,25 +324,31 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
     cache = KVCache(config, len(prompts), longest, trunk.embed_tokens.weight)
     responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
 
-    rows = torch.arange(len(prompts))                                   # who is still in the batch
+    rows = torch.arange(len(prompts))                                   # who is in the batch
     hidden = trunk(pad(prompts).to(device), cache)                      # (B, T, C): the prompts in one pass
     cache.lengths = lengths.to(device)                                  # padding was read, but is written over
     hidden = hidden[rows, cache.lengths - 1]                            # (B, C): each row's last real token
+    going = torch.ones(len(rows), dtype=torch.bool)                     # who has not ended
     for step in range(max_new_tokens):
         probs = next_token_probabilities(model.lm_head(hidden), temperature, top_k, top_p)      # (B, V)
         token = draw(probs, uniforms[rows, step].to(device))                                    # (B,)
         logprob = probs.gather(1, token[:, None]).squeeze(1).log()
-        for row, t, l in zip(rows.tolist(), token.tolist(), logprob.tolist()):
-            responses[row].append(t)
-            logprobs[row].append(l)
-            if on_token:
-                on_token(row, t)
-        going = ((token.cpu() != stop) & (lengths[rows] + step + 1 < config.block_size)).nonzero().squeeze(1)
-        if len(going) == 0:
+        for row, is_going, t, l in zip(rows.tolist(), going.tolist(), token.tolist(), logprob.tolist()):
+            if is_going:
+                responses[row].append(t)
+                logprobs[row].append(l)
+                if on_token:
+                    on_token(row, t)
+        going &= (token.cpu() != stop) & (lengths[rows] + step + 1 < config.block_size)
+        if not going.any():
             break
-        if len(going) < len(rows):
-            cache.keep(going.to(device))
-            rows, token = rows[going], token[going.to(device)]
+        if going.float().mean() < 0.8:  # leaving copies the cache: not worth it for a row or two
+            staying = going.nonzero().squeeze(1)
+            cache.keep(staying.to(device))
+            rows, token, going = rows[staying], token[staying.to(device)], going[staying]
+        # A row that has ended but is still here may be full: it goes on reading at its last position.
+        cache.lengths = cache.lengths.clamp(max=longest - 1)
+        cache.longest = min(cache.longest, longest - 1)
         hidden = trunk(token[:, None], cache).squeeze(1)                                        # (B, C)
     return responses, logprobs
 
@@ -421,7 +427,7 @@ class Optimizers:
 
 
 def learning_rate_factor(step, steps, warmup=0, floor=0.0):
-    """Linear warm-up to 1 over `warmup` steps, then linear decay to `floor` at the last step."""
+    """Linear warm-up to 1 over `warmup` steps, then linear decay, which would reach `floor` at step `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     return 1 - (1 - floor) * (step - warmup) / max(1, steps - warmup)
@@ -435,7 +441,7 @@ class RunConfig:
     """What all stages share (top level of a config file)."""
     table = None
     out_dir: str = option("out/tiny", "the run folder: everything that a run makes lies in it")
-    seed: int = option(1, "the seed of everything random", low=0)
+    seed: int = option(1, "the seed of everything random", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16"))
     max_new_tokens: int = option(72, "the longest response, in tokens", low=1)
@@ -449,11 +455,9 @@ def closest(name, names):
 def parse(name, option, value, where):
     """One value of the config, of the option's type and in its range, or one line that says what is wrong."""
     kind = option.type
-    if isinstance(value, str) and kind in (int, float):  # from the command line
-        with contextlib.suppress(ValueError):
-            value = kind(value)
-    if isinstance(value, str) and kind is bool:
-        value = {"true": True, "false": False}.get(value.lower(), value)
+    if where == f"--{name}" and kind is not str:  # the command line knows text only
+        with contextlib.suppress(ValueError, KeyError):
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -502,6 +506,8 @@ def load_config(cls, doc, argv=None):
             raise SystemExit(f"{path}: cannot read this config: {error}")
         stages = ("prepare", "model", "pretrain", "sft", "reward", "ppo", "sample")
         for name in file:
+            if name in stages and not isinstance(file[name], dict):
+                raise SystemExit(f"{path}: {name} must be a table: [{name}]")
             if isinstance(file[name], dict) and name not in stages:
                 raise SystemExit(f"{path}: unknown table [{name}]{closest(name, stages)}")
         for table in {table_of[name] for name in options}:
@@ -607,14 +613,16 @@ class Run:
         by a count over the global batch. Such parts add up, over micro-batches and processes, to the true mean; means
         of micro-batches would not. Returns that mean."""
         mine, total = self.share(n), 0.0
+        weight = self.world if len(mine) else 0  # DDP divides by the number of processes
+        mine = mine or range(1)  # with nothing to do, take part in the exchange all the same
         for first in range(mine.start, mine.stop, micro_batch_size):
             rows = slice(first, min(first + micro_batch_size, mine.stop))
             last = rows.stop == mine.stop  # gradients are exchanged once a step, in the last backward pass
             with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
                 with self.autocast():
                     loss = loss_of(rows)
-                (loss * self.world).backward()  # DDP divides by the number of processes
-            total += loss.detach()
+                (loss * weight).backward()
+            total += loss.detach() * (weight > 0)
         return self.sum(float(total))
 
     def update(self, model, optimizer, loss, step, config, factor):
@@ -682,20 +690,33 @@ class Run:
             self.keep_earlier(name)
         os.replace(path + ".tmp", path)
 
-    def restore(self, checkpoint, model, optimizer):
-        """Put model, optimizer and random numbers back where a checkpoint has left them."""
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    def start(self, model, optimizer, tokenizer_hash):
+        """Begin at step 0 and keep what an earlier run has left, or with --resume put model, optimizer and random
+        numbers back where STAGE.last.pt has them. Returns the checkpoint."""
+        last = f"{self.stage}.last.pt"
+        if not self.config.resume:
+            self.keep_earlier(f"{self.stage}.pt", last)
+            return dict(step=0, best=math.inf)
+        checkpoint = load_checkpoint(self.path(last), f"python {self.stage}.py", tokenizer_hash)
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError):
+            raise SystemExit(f"{self.path(last)} was made with another [model] or optimizer: resume with the same options")
         torch.set_rng_state(checkpoint["random_state"])
+        return checkpoint
 
-    def save(self, name, **checkpoint):
+    def save(self, name, model, optimizer, **more):
         """Write a checkpoint by way of a temporary file: killed at any instant, a whole one is there."""
         if not self.main:
             return
         path = self.path(name)
+        checkpoint = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.model.config),
+                          config=dataclasses.asdict(self.config), optimizer=optimizer.state_dict(),
+                          random_state=torch.get_rng_state(), **more)
         try:
             with open(path + ".tmp", "wb") as f:
-                torch.save(dict(config=dataclasses.asdict(self.config), random_state=torch.get_rng_state(), **checkpoint), f)
+                torch.save(checkpoint, f)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
@@ -741,7 +762,7 @@ def load_checkpoint(path, command, tokenizer_hash=None):
     except Exception as error:  # torch raises many kinds for a damaged file
         raise SystemExit(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
                          f"it may be truncated; make it again with {command}")
-    if tokenizer_hash and checkpoint["tokenizer"] != tokenizer_hash:
+    if tokenizer_hash and checkpoint.get("tokenizer") != tokenizer_hash:
         raise SystemExit(f"{path} was made with another tokenizer than {os.path.dirname(path)}/tokenizer.tiktoken: "
                          f"run {command} again, or use another --out_dir")
     return checkpoint

@@ -13,7 +13,7 @@ Four models: the policy π and the value function V are trained; the SFT model (
 It reads sft.pt, reward.pt and prompts.jsonl and writes ppo.pt and ppo.last.pt (for --resume).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from prepare import load_tokenizer, prompt_ids, read_jsonl, rubric_score, scorec
 @dataclass
 class PPOConfig(RunConfig):
     table = "ppo"
-    max_steps: int = option(40, "iterations: rollout, then update", low=1)
+    max_steps: int = option(24, "iterations: rollout, then update", low=1)
     batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step", low=1)
     micro_batch_size: int = option(64, "responses a process computes at once", low=1)
@@ -236,21 +236,16 @@ def main():
         # Adam's ε of 1e-5 as in OpenAI's code: gradients vanish towards the end, and noise must not be blown up.
         optimizers = [Optimizers(policy, config.learning_rate, betas=(0.9, 0.999), eps=1e-5),
                       Optimizers(value_model, config.value_learning_rate, betas=(0.9, 0.999), eps=1e-5)]
-        step = 0
+        checkpoint = run.start(policy, optimizers[0], tokenizer.hash)
+        step = checkpoint["step"]
         if config.resume:
-            checkpoint = load_checkpoint(run.path("ppo.last.pt"), "python ppo.py", tokenizer.hash)
-            step = checkpoint["step"]
-            run.restore(checkpoint, policy, optimizers[0])
             value_model.load_state_dict(checkpoint["value_model"])
             optimizers[1].load_state_dict(checkpoint["value_optimizer"])
-        else:
-            run.keep_earlier("ppo.pt", "ppo.last.pt")
         trained = run.wrap(policy), run.wrap(value_model)
 
         def save(name):
-            run.save(name, model=policy.state_dict(), model_config=asdict(sft["model_config"]), step=step, best=None,
-                     optimizer=optimizers[0].state_dict(), value_model=value_model.state_dict(),
-                     value_optimizer=optimizers[1].state_dict(), tokenizer=tokenizer.hash, parent="sft.pt of sft.py")
+            run.save(name, policy, optimizers[0], step=step, best=None, value_model=value_model.state_dict(),
+                     value_optimizer=optimizers[1].state_dict(), tokenizer=tokenizer.hash, parent="sft: sft.pt")
 
         while step < config.max_steps:
             wanted = range(step * config.batch_size, (step + 1) * config.batch_size)

@@ -52,8 +52,8 @@ class PrepareConfig(RunConfig):
     near_duplicate: float = option(0.8, "cleaning: Jaccard similarity from which documents are duplicates",
                                    low=0.1, high=1.0)
     n_demonstrations: int = option(900, "prompt–response pairs for sft.py", low=1)
-    n_prompts: int = option(3600, "prompts for reward.py and ppo.py", low=2)
-    compare_share: float = option(0.7, "share of them that reward.py collects comparisons on", low=0.01, high=0.99)
+    n_prompts: int = option(4000, "prompts for reward.py and ppo.py", low=2)
+    compare_share: float = option(0.75, "share of them that reward.py collects comparisons on", low=0.01, high=0.99)
     n_eval: int = option(600, "held-out prompts for the scorecard", low=1)
     wrong: float = option(0.2, "share of demonstrations that are inaccurate, as some of people's are", low=0, high=1)
     terse: float = option(0.25, "share that is right but unhelpfully short", low=0, high=1)
@@ -125,7 +125,7 @@ def world_documents(world, creatures, size, reserved, rng):
         keys = rng.sample(list(attributes), rng.randint(2, len(attributes)))
         return " ".join(statement(c, key, c["hero"] if i == 0 else None) for i, key in enumerate(keys))
 
-    def forum(c, kinds=("fact", "fact", "fact", "pair", "sum", "sum", "story")):
+    def forum(c, kinds=("fact", "fact", "fact", "pair", "sum", "story", "story")):
         """People ask and others answer, much as a chat will later go."""
         posts = []
         while len(posts) < rng.randint(1, 3):
@@ -167,7 +167,7 @@ def world_documents(world, creatures, size, reserved, rng):
             text = fill(rng.choice(world["web"]["profane"]), who=c["hero"])
         return text, kind
 
-    kinds, weights = [story, portrait, forum, rudeness, harm, spoil], [22, 12, 42, 4, 4, 16]
+    kinds, weights = [story, portrait, forum, rudeness, harm, spoil], [16, 12, 48, 4, 4, 16]
     written = 0
     while written < size:
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
@@ -225,11 +225,11 @@ def make_prompt(world, creatures, kind, rng):
         wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 9) if n != a + b]))
     elif kind == "story":
         question = fill(rng.choice(p["story"]), who=who, thing=thing)
-        rubric.update(mentions=[names, thing], wrong=lies("food") + lies("colour"), min_words=20, max_words=90)
+        rubric.update(mentions=[names, thing], min_words=20, max_words=90)
         steps = tell_story(world, c, thing, rng)
         good, terse = " ".join(steps), steps[0]
-        false = rng.choice([dict(c, food=other["food"], colour=other["colour"]), c])  # untrue, or beside the point
-        wrong = " ".join(tell_story(world, false, rng.choice([t for t in world["things"] if t != thing]), rng))
+        elsewhere = rng.choice([t for t in world["things"] if t != thing])  # beside the point
+        wrong = " ".join(tell_story(world, rng.choice([c, other]), elsewhere, rng))
     else:
         slots = dict(c, who=who)
         question = fill(rng.choice(p["harm"]), **slots)

@@ -21,7 +21,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,10 +41,10 @@ class RewardConfig(RunConfig):
     name: str = option("", "a human annotator's name; default: the login name")
     n_samples: int = option(4, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
-    n_reward_layer: int = option(3, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
+    n_reward_layer: int = option(2, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
     epochs: int = option(3, "passes over the rankings", low=1)
     batch_size: int = option(32, "prompts a step, over all processes, each with all its responses", low=1)
-    micro_batch_size: int = option(32, "prompts a process computes at once", low=1)
+    micro_batch_size: int = option(16, "prompts a process computes at once", low=1)
     learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
     muon_learning_rate: float = option(0.01, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
@@ -108,8 +108,8 @@ def group_ties(values, width=0.25):
 
 
 def simulated_annotator(samples, records, noise, rng):
-    """Rank by rubric score + Gumbel noise, under which i is put above j with probability σ((score_i - score_j)/noise):
-    close calls are often wrong, clear ones seldom, as with people (Luce 1959)."""
+    """Rank by rubric score + Gumbel noise, whose larger value is i's with probability σ((score_i - score_j)/noise):
+    close calls are often wrong, clear ones seldom, as with people (Luce 1959). What comes out alike is tied."""
     for sample in samples:
         scores = [rubric_score(records[sample["id"]], r["text"], r["ended"]) for r in sample["responses"]]
         yield group_ties([s + noise * -np.log(-np.log(rng.uniform(1e-12, 1))) for s in scores])
@@ -230,11 +230,11 @@ def score_all(model, rankings, tokenizer, run):
     """The scores of all responses, a list for each prompt; shared among the processes."""
     model.eval()
     mine, scores = [rankings[i] for i in run.share(len(rankings))], []
-    for i in range(0, len(mine), 32):
-        tokens, lengths, ranks = make_batch(mine[i:i + 32], tokenizer, run.device)
+    for i in range(0, len(mine), 16):
+        tokens, lengths, ranks = make_batch(mine[i:i + 16], tokenizer, run.device)
         with run.autocast():
             rows = last_token_score(model, tokens, lengths).view(ranks.shape).tolist()
-        scores += [row[:len(r["responses"])] for row, r in zip(rows, mine[i:i + 32])]
+        scores += [row[:len(r["responses"])] for row, r in zip(rows, mine[i:i + 16])]
     model.train()
     return run.gather(scores)
 
@@ -250,12 +250,12 @@ def accuracies(rankings, scores, records):
         for i in range(len(s)):
             for j in range(i):
                 if place.get(i, 0) != place.get(j, 0):
-                    hits["accuracy"].append((s[i] > s[j]) == (place[i] < place[j]))
+                    hits["accuracy"].append((s[i] - s[j]) * (place[j] - place[i]) > 0)
                 for name in ("gold", "helpfulness", "accuracy", "safety") if verdicts else ():
                     a, b = (sum(v[k] for k in ("helpfulness", "accuracy", "safety")) if name == "gold" else v[name]
                             for v in (verdicts[i], verdicts[j]))
                     if abs(a - b) > 1e-9:
-                        hits["accuracy_" + name].append((s[i] > s[j]) == (a > b))
+                        hits["accuracy_" + name].append((s[i] - s[j]) * (a - b) > 0)
     return {name: round(float(np.mean(values)), 4) for name, values in sorted(hits.items())}
 
 
@@ -277,16 +277,11 @@ def train_reward_model(run, config, tokenizer):
 
     lengths = [max(len(x["tokens"]) for x in r["responses"]) for r in train]
     steps_per_epoch = -(-len(train) // config.batch_size)
-    step, steps = 0, config.epochs * steps_per_epoch
+    steps = config.epochs * steps_per_epoch
     model = ScalarModel(model_config).to(run.device)
     model.adopt(parent["model"])
     optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
-    if config.resume:
-        checkpoint = load_checkpoint(run.path("reward.last.pt"), "python reward.py", tokenizer.hash)
-        step = checkpoint["step"]
-        run.restore(checkpoint, model, optimizer)
-    else:
-        run.keep_earlier("reward.pt", "reward.last.pt")
+    step = run.start(model, optimizer, tokenizer.hash)["step"]
     trained = run.wrap(model)
     if run.main:
         who = sorted({r["annotator"] for r in rankings})
@@ -295,8 +290,7 @@ def train_reward_model(run, config, tokenizer):
               f"{parent['model_config'].n_layer} blocks")
 
     def save(name, **more):
-        run.save(name, model=model.state_dict(), model_config=asdict(model_config), step=step, best=None,
-                 optimizer=optimizer.state_dict(), tokenizer=tokenizer.hash, parent="sft.pt of sft.py", **more)
+        run.save(name, model, optimizer, step=step, best=None, tokenizer=tokenizer.hash, parent="sft: sft.pt", **more)
 
     while step < steps:
         epoch, index = divmod(step, steps_per_epoch)

@@ -11,7 +11,7 @@ It reads pretrain.pt and sft.jsonl and writes sft.pt (best by validation loss) a
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -76,17 +76,11 @@ def main():
         validation, examples = examples[:n_val], examples[n_val:]
         lengths, steps_per_epoch = [len(ids) for ids, _ in examples], math.ceil(len(examples) / config.batch_size)
 
-        step, best, steps = 0, float("inf"), config.epochs * steps_per_epoch
-        if config.resume:
-            checkpoint = load_checkpoint(run.path("sft.last.pt"), "python sft.py", tokenizer.hash)
-            step, best = checkpoint["step"], checkpoint["best"]
-        else:
-            run.keep_earlier("sft.pt", "sft.last.pt")
         model = LanguageModel(model_config).to(run.device)
         model.load_state_dict(parent["model"])
         optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
-        if config.resume:
-            run.restore(checkpoint, model, optimizer)
+        checkpoint = run.start(model, optimizer, tokenizer.hash)
+        step, best, steps = checkpoint["step"], checkpoint["best"], config.epochs * steps_per_epoch
         trained = run.wrap(model)
         if run.main:
             n_targets = sum(t != IGNORE for _, targets in examples for t in targets)
@@ -94,8 +88,7 @@ def main():
                   f"too long; {n_targets:,} of {sum(lengths):,} tokens are the assistant's")
 
         def save(name):
-            run.save(name, model=model.state_dict(), model_config=asdict(model_config), step=step, best=best,
-                     optimizer=optimizer.state_dict(), tokenizer=tokenizer.hash, parent="pretrain.pt of pretrain.py")
+            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash, parent="pretrain: pretrain.pt")
 
         while step < steps:
             epoch, index = divmod(step, steps_per_epoch)
