@@ -22,6 +22,7 @@ import filecmp
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -265,7 +266,7 @@ class KVCache:
 
 def pad(sequences, value=0):
     """Lists of ids → one (B, T) tensor, padded on the right."""
-    T = max(map(len, sequences))
+    T = -(-max(map(len, sequences)) // 16) * 16
     return torch.tensor([list(s) + [value] * (T - len(s)) for s in sequences])
 
 
@@ -587,7 +588,8 @@ class Run:
     def stopped(self, saved):
         """The last words after a stop that was asked for."""
         if self.main:
-            print(f"stopped; saved {saved}. Continue with: python {' '.join(sys.argv)} --resume")
+            arguments = [a for a in sys.argv if a != "--resume"]
+            print(f"stopped; saved {saved}. Continue with: python {shlex.join(arguments)} --resume")
         if self.world > 1:
             dist.destroy_process_group()
         raise SystemExit(128 + (self.stop_signal or signal.SIGINT))

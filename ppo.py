@@ -160,8 +160,8 @@ def score_rollout(run, config, tokenizer, models, prompts, responses):
             values, scores = response_values(value_model, batch), last_token_scores(reward_model, batch)
         for j, response in enumerate(responses[part]):
             n = len(response)
-            rows.append(dict(prompt=prompts[i + j], response=response, score=scores[j].item(), ended=tokenizer.end in response,
-                             old=old[j, :n].tolist(), ref=ref[j, :n].tolist(), values=values[j, :n].tolist()))
+            rows.append(dict(prompt=prompts[i + j], response=response, score=scores[j].item(),
+                             ended=tokenizer.end in response, old=old[j, :n].tolist(), ref=ref[j, :n].tolist(), values=values[j, :n].tolist()))
     return rows
 
 
@@ -237,7 +237,7 @@ def main():
         optimizers = [Optimizers(policy, config.learning_rate, betas=(0.9, 0.999), eps=1e-5),
                       Optimizers(value_model, config.value_learning_rate, betas=(0.9, 0.999), eps=1e-5)]
         checkpoint = run.start(policy, optimizers[0], tokenizer.hash)
-        step = checkpoint["step"]
+        step, figures = checkpoint["step"], {}
         if config.resume:
             value_model.load_state_dict(checkpoint["value_model"])
             optimizers[1].load_state_dict(checkpoint["value_optimizer"])
@@ -255,7 +255,7 @@ def main():
             prompts, responses = rollout(run, config, tokenizer, policy, batch, step)
             rows = run.gather(score_rollout(run, config, tokenizer, (policy, reference, value_model, reward_model),
                                             prompts, responses))
-            gold = [rubric_score(record, tokenizer.decode([t for t in row["response"] if t != tokenizer.end]), row["ended"])
+            gold = [rubric_score(record, tokenizer.text(row["response"]), row["ended"])
                     for record, row in zip(batch, rows) if "rubric" in record]
             figures = ppo_step(run, config, trained, optimizers, rows, step,
                                learning_rate_factor(step, config.max_steps, config.warmup_steps),
@@ -274,7 +274,8 @@ def main():
                 run.stopped("ppo.last.pt")
 
         save("ppo.pt")
-        scorecard(run, "ppo", policy, tokenizer, kl=round(figures["kl"], 3), reward=round(figures["reward"], 3))
+        scorecard(run, "ppo", policy, tokenizer,
+                  **{name: round(figures[name], 3) for name in ("kl", "reward") if name in figures})
         if run.main:
             print("next: python sample.py --compare")
 

@@ -25,7 +25,7 @@ class PretrainConfig(ModelConfig, RunConfig):
     table = "pretrain"
     max_steps: int = option(540, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
-    micro_batch_size: int = option(16, "sequences a process computes at once; the rest of a batch is accumulated", low=1)
+    micro_batch_size: int = option(16, "sequences a process computes at once; the rest is accumulated", low=1)
     learning_rate: float = option(3e-3, "peak rate of AdamW (embeddings, norms)", low=0)
     muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
@@ -79,6 +79,9 @@ def main():
     with Run(config, "pretrain") as run:
         tokenizer = load_tokenizer(config.out_dir)
         tokens, data = load_tokens(config.out_dir, "train")
+        if data["tokenizer"] != tokenizer.hash:
+            raise SystemExit(f"{config.out_dir}/train.bin was made with another tokenizer than tokenizer.tiktoken: run "
+                             "python prepare.py again")
         if len(tokens) < 2 * config.block_size + 2:
             raise SystemExit(f"train.bin has {len(tokens)} tokens, too few for --block_size={config.block_size}: "
                              "prepare more text or choose a smaller block_size")
@@ -113,8 +116,8 @@ def main():
                 seconds, done = time.time() - clock, (step - last_logged) * n_targets
                 run.log(step, f"step {step:5}/{config.max_steps}  loss {loss:.4f}  grad {norm:.2f}  "
                         f"{done / seconds:,.0f} tokens/s  MFU {flops * done / seconds / peak:.0%}  "
-                        f"{(config.max_steps - step) * seconds / (step - last_logged):.0f} s to go", loss=loss,
-                        gradient_norm=norm, tokens_per_s=done / seconds, mfu=flops * done / seconds / peak)
+                        f"{(config.max_steps - step) * seconds / (step - last_logged):.0f} s to go",
+                        loss=loss, gradient_norm=norm, tokens_per_s=done / seconds, mfu=flops * done / seconds / peak)
                 clock, last_logged = time.time(), step
             if step % config.eval_every == 0 or last or stop:
                 model.eval()
@@ -123,7 +126,7 @@ def main():
                 model.train()
                 run.log(step, f"step {step:5}  validation {bpb:.4f} bits per byte"
                         + (" (best so far)" if bpb < best else ""), bits_per_byte=bpb)
-                if bpb < best:
+                if bpb < best and (step % config.eval_every == 0 or last):  # not when stopped in between
                     best = bpb
                     save("pretrain.pt")
                 save("pretrain.last.pt")

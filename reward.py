@@ -1,7 +1,7 @@
 """Stage 3, reward model: a smaller model learns from rankings what people like.
 
     --steps=sample   K responses of the SFT model to each prompt                  → samples.jsonl
-    --steps=rank     an annotator orders each prompt's responses, ties allowed    → rankings.jsonl
+    --steps=rank     an annotator orders each prompt's responses, ties allowed   → rankings.jsonl
     --steps=train    one number r(prompt, response) that explains the rankings    → reward.pt
 
     loss of a prompt = -1/pairs · Σ log σ(r_i - r_j)     over all pairs of which i was ranked above j
@@ -51,7 +51,7 @@ class RewardConfig(RunConfig):
     warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
     gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     val_share: float = option(0.15, "share of the ranked prompts held out to measure accuracy", low=0.001, high=0.5)
-    resume: bool = option(False, "go on from reward.last.pt (step train)")
+    resume: bool = option(False, "go on with step train from reward.last.pt")
 
     def check(self):
         for step in self.steps.split(","):
@@ -69,7 +69,7 @@ def sample_responses(run, config, tokenizer):
     model.load_state_dict(parent["model"])
     records = [r for r in read_jsonl(run.path("prompts.jsonl")) if r.get("use", "compare") == "compare"]
     if not records:
-        raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts for comparisons: run python prepare.py with some")
+        raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts to compare on: run python prepare.py with some")
     K, mine = config.n_samples, list(run.share(len(records)))
     uniforms = run.uniforms(len(records) * K, config.max_new_tokens, 2).view(len(records), K, -1)
     samples = []
@@ -81,8 +81,8 @@ def sample_responses(run, config, tokenizer):
         for j, row in enumerate(rows):
             different = sorted(set(map(tuple, responses[j * K:(j + 1) * K])))
             samples.append(dict(id=records[row]["id"], prompt=records[row]["prompt"], responses=[
-                dict(text=tokenizer.decode([t for t in r if t != tokenizer.end]), tokens=list(r), model="sft.pt",
-                     ended=tokenizer.end in r, temperature=config.temperature, seed=config.seed) for r in different]))
+                dict(text=tokenizer.text(r), tokens=list(r), model="sft.pt", ended=tokenizer.end in r,
+                     temperature=config.temperature, seed=config.seed) for r in different]))
     samples = run.gather(samples)
     if run.main:
         with open(run.path("samples.jsonl.tmp"), "w", encoding="utf-8", newline="\n") as f:
@@ -252,8 +252,7 @@ def accuracies(rankings, scores, records):
                 if place.get(i, 0) != place.get(j, 0):
                     hits["accuracy"].append((s[i] - s[j]) * (place[j] - place[i]) > 0)
                 for name in ("gold", "helpfulness", "accuracy", "safety") if verdicts else ():
-                    a, b = (sum(v[k] for k in ("helpfulness", "accuracy", "safety")) if name == "gold" else v[name]
-                            for v in (verdicts[i], verdicts[j]))
+                    a, b = verdicts[i][name], verdicts[j][name]
                     if abs(a - b) > 1e-9:
                         hits["accuracy_" + name].append((s[i] - s[j]) * (a - b) > 0)
     return {name: round(float(np.mean(values)), 4) for name, values in sorted(hits.items())}
@@ -278,6 +277,7 @@ def train_reward_model(run, config, tokenizer):
     lengths = [max(len(x["tokens"]) for x in r["responses"]) for r in train]
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
+    torch.manual_seed(config.seed)  # the new head does not depend on whether sampling came first
     model = ScalarModel(model_config).to(run.device)
     model.adopt(parent["model"])
     optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
@@ -311,6 +311,8 @@ def train_reward_model(run, config, tokenizer):
         if stop and step < steps:
             run.stopped("reward.last.pt")
 
+    figures = accuracies(val, score_all(model, val, tokenizer, run), records)
+
     # Only differences of scores have meaning so far. Shift and scale them to mean 0 and standard deviation 1 over the
     # SFT model's samples, so that PPO's KL coefficient means the same for every reward model (Stiennon et al. 2020).
     scores = np.concatenate([np.array(s) for s in score_all(model, train, tokenizer, run)])
@@ -321,7 +323,7 @@ def train_reward_model(run, config, tokenizer):
     save("reward.pt", score_mean=mean, score_std=std)
     if run.main:
         tokens = [len(x["tokens"]) for r in train for x in r["responses"]]
-        figures["length_correlation"] = round(float(np.corrcoef(scores, tokens)[0, 1]), 4)
+        figures["length_correlation"] = round(float(np.corrcoef(scores, tokens)[0, 1]), 4) if np.std(tokens) else 0.0
         update_scorecard(config.out_dir, "reward", dict(figures, n=len(val), rankings=len(train),
                                                         seconds=round(run.elapsed(), 1)))
         print(f"scores normalised (mean {mean:.2f}, standard deviation {std:.2f} before); correlation with length "
@@ -338,7 +340,7 @@ def main():
     config = load_config(RewardConfig, __doc__)
     with Run(config, "reward") as run:
         tokenizer = load_tokenizer(config.out_dir)
-        for step in config.steps.split(","):
+        for step in config.steps.split(",") if not config.resume else ("train",):
             if step == "sample":
                 sample_responses(run, config, tokenizer)
             elif step == "rank" and run.main:

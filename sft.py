@@ -88,7 +88,8 @@ def main():
                   f"too long; {n_targets:,} of {sum(lengths):,} tokens are the assistant's")
 
         def save(name):
-            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash, parent="pretrain: pretrain.pt")
+            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash,
+                     parent="pretrain: pretrain.pt")
 
         while step < steps:
             epoch, index = divmod(step, steps_per_epoch)
@@ -107,7 +108,7 @@ def main():
                 val = validation_loss(model, validation, run)
                 run.log(step, f"step {step:4}/{steps}  validation loss {val:.4f}" + " (best so far)" * (val < best),
                         val_loss=val)
-                if val < best:
+                if val < best and step % steps_per_epoch == 0:  # not when stopped in between
                     best = val
                     save("sft.pt")
                 save("sft.last.pt")
