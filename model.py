@@ -77,7 +77,7 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q kᵀ / √D) v over the keys that `mask` (B, 1, T, S) allows; without a mask, over the past and present.
+    """softmax(q kᵀ / √D) v over the keys that `mask` (B, 1, T, S) allows; without one, over past and present.
 
     q (B, H, T, D); k, v (B, Hkv, S, D): each key head serves H / Hkv query heads. In bfloat16 on a CPU, plain matrix
     products with a table of 0 and -∞ are faster than PyTorch's fused kernel; everywhere else the kernel is."""
@@ -160,7 +160,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.n_embd)
         head_dim = config.n_embd // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)     # (D/2,)
-        angle = torch.outer(torch.arange(config.block_size).float(), frequency).repeat(1, 2)    # (block_size, D)
+        length = config.block_size + 15                                 # `pad` rounds up
+        angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)               # (length, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
 
 
 def init_weights(model):
-    """GPT-2's initialisation: N(0, 0.02), and the projections back into the residual stream smaller by √(2 n_layer)."""
+    """GPT-2's initialisation: N(0, 0.02); projections back into the residual stream are smaller by √(2 n_layer)."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             small = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -265,7 +266,8 @@ class KVCache:
 
 
 def pad(sequences, value=0):
-    """Lists of ids → one (B, T) tensor, padded on the right."""
+    """Lists of ids → one (B, T) tensor, padded on the right. T is a multiple of 16: CPU kernels are made anew for
+    every new shape, which costs time and memory, and padding on the right changes nothing."""
     T = -(-max(map(len, sequences)) // 16) * 16
     return torch.tensor([list(s) + [value] * (T - len(s)) for s in sequences])
 
@@ -326,7 +328,7 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
     responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
 
     rows = torch.arange(len(prompts))                                   # who is in the batch
-    hidden = trunk(pad(prompts).to(device), cache)                      # (B, T, C): the prompts in one pass
+    hidden = trunk(pad(prompts)[:, :lengths.max()].to(device), cache)   # (B, T, C): the prompts in one pass
     cache.lengths = lengths.to(device)                                  # padding was read, but is written over
     hidden = hidden[rows, cache.lengths - 1]                            # (B, C): each row's last real token
     going = torch.ones(len(rows), dtype=torch.bool)                     # who has not ended
@@ -704,7 +706,7 @@ class Run:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError):
-            raise SystemExit(f"{self.path(last)} was made with another [model] or optimizer: resume with the same options")
+            raise SystemExit(f"{self.path(last)} has another [model] or optimizer: resume with the same options")
         torch.set_rng_state(checkpoint["random_state"])
         return checkpoint
 

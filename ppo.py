@@ -26,12 +26,12 @@ from prepare import load_tokenizer, prompt_ids, read_jsonl, rubric_score, scorec
 @dataclass
 class PPOConfig(RunConfig):
     table = "ppo"
-    max_steps: int = option(24, "iterations: rollout, then update", low=1)
+    max_steps: int = option(28, "iterations: rollout, then update", low=1)
     batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step", low=1)
     micro_batch_size: int = option(64, "responses a process computes at once", low=1)
-    epochs: int = option(3, "passes over each rollout", low=1)
-    learning_rate: float = option(3e-4, "peak rate of the policy, annealed to 0", low=0)
+    epochs: int = option(2, "passes over each rollout", low=1)
+    learning_rate: float = option(5e-4, "peak rate of the policy, annealed to 0", low=0)
     value_learning_rate: float = option(1e-3, "peak rate of the value function, annealed to 0", low=0)
     warmup_steps: int = option(0, "iterations of linear warm-up", low=0)
     gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
@@ -61,7 +61,7 @@ def whiten(x, mask):
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
-    """r_t = -β (log π - log π_ref) at every token, and the score besides at the last (Ziegler et al. 2019, eq. 2)."""
+    """r_t = -β (log π - log π_ref) at every token, plus the score at the last (Ziegler et al. 2019, eq. 2)."""
     rewards = -kl_coefficient * (logprobs - ref_logprobs) * mask
     last = mask.sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -161,7 +161,8 @@ def score_rollout(run, config, tokenizer, models, prompts, responses):
         for j, response in enumerate(responses[part]):
             n = len(response)
             rows.append(dict(prompt=prompts[i + j], response=response, score=scores[j].item(),
-                             ended=tokenizer.end in response, old=old[j, :n].tolist(), ref=ref[j, :n].tolist(), values=values[j, :n].tolist()))
+                             ended=tokenizer.end in response, old=old[j, :n].tolist(), ref=ref[j, :n].tolist(),
+                             values=values[j, :n].tolist()))
     return rows
 
 
@@ -195,9 +196,10 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng):
         def policy_part(part):
             batch, (m, old, A, _, _) = prepare(part)
             logprobs = response_logprobs(policy, batch, config.temperature)
-            with torch.no_grad():
-                sums.add_(torch.stack([(((logprobs - old).exp() - 1).abs() > config.policy_clip)[m].sum(),
-                                       kl_estimates(old, logprobs)[1][m].sum()]))
+            with torch.no_grad():  # a process that has no row of its own only looks on
+                clipped = ((logprobs - old).exp() - 1).abs() > config.policy_clip
+                figures = torch.stack([clipped[m].sum(), kl_estimates(old, logprobs)[1][m].sum()])
+                sums.add_(figures * bool(run.share(len(chosen))))
             return (policy_loss(logprobs, old, A, config.policy_clip) * m).sum() / n_tokens
 
         def value_part(part):
@@ -231,8 +233,10 @@ def main():
             raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts: run python prepare.py with some")
         policy, reference = (LanguageModel(sft["model_config"]).to(run.device) for _ in range(2))
         reward_model, value_model = (ScalarModel(preference["model_config"]).to(run.device) for _ in range(2))
-        for model, checkpoint in ((policy, sft), (reference, sft), (reward_model, preference), (value_model, preference)):
-            model.load_state_dict(checkpoint["model"])
+        for model in (policy, reference):
+            model.load_state_dict(sft["model"])
+        for model in (reward_model, value_model):
+            model.load_state_dict(preference["model"])
         # Adam's ε of 1e-5 as in OpenAI's code: gradients vanish towards the end, and noise must not be blown up.
         optimizers = [Optimizers(policy, config.learning_rate, betas=(0.9, 0.999), eps=1e-5),
                       Optimizers(value_model, config.value_learning_rate, betas=(0.9, 0.999), eps=1e-5)]
@@ -264,8 +268,8 @@ def main():
                 figures["gold"] = float(np.mean(gold))
             step += 1
             run.log(step, f"step {step:3}/{config.max_steps}  reward {figures['reward']:6.3f}  gold "
-                    f"{figures.get('gold', float('nan')):6.3f}  KL {figures['kl']:5.2f}  entropy {figures['entropy']:.2f}  "
-                    f"clipped {figures['clip_fraction']:.1%}  explained {figures['explained_variance']:5.2f}  length "
+                    f"{figures.get('gold', np.nan):6.3f}  KL {figures['kl']:5.2f}  entropy {figures['entropy']:.2f}"
+                    f"  clipped {figures['clip_fraction']:.1%}  explained {figures['explained_variance']:5.2f}  length "
                     f"{figures['length']:.0f}  ended {figures['ended']:.0%}", **figures)
             stop = run.stopping()
             if step % config.save_every == 0 or stop or step == config.max_steps:

@@ -3,7 +3,7 @@
     python prepare.py                               the tiny world of configs/world.toml, nothing to download
     python prepare.py --text='books/*.txt'          your own text instead (.txt .md .jsonl, also .gz)
 
-    documents → repair → quality rules → exact duplicates → near duplicates → split by document → BPE → *.bin
+    documents → repair → quality rules → exact and near duplicates → split by document → BPE → *.bin
 
 What later stages share lies here too: the tokenizer, the chat format, and the rubric and scorecard by which every
 stage is measured. The web text of a real model is cleaned by the same steps (Rae et al. 2021, "Gopher", A.1; Raffel
@@ -156,7 +156,7 @@ def world_documents(world, creatures, size, reserved, rng):
         elif kind == "boilerplate":
             text = "\n".join(rng.sample(world["web"]["boilerplate"], 3) + [" ".join(words[:8])])
         elif kind == "markup":
-            text = f'<div class="page{rng.randint(1, 99)}"><a href="/{words[0]}">' + "</a> <p>".join(words) + "</p></div>"
+            text = f'<div class="page{rng.randint(1, 99)}"><a href="/">' + "</a> <p>".join(words) + "</p></div>"
         elif kind == "garbled":
             text = " ".join("".join(rng.choices("bcdfghjklmnpqrstvwxz#%&@^~|0123456789", k=len(w))) for w in words)
         elif kind == "fragment":
@@ -284,16 +284,16 @@ def repair(text):
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
 
 
-STOP_WORDS = set("a an and are as at be because but by for from had has have he her him his how i in is it more of on or "
-                 "she so that the their they this to was we what where which who will with you".split())
+STOP_WORDS = set("a an and are as at be because but by for from had has have he her him his how i in is it more of on "
+                 "or she so that the their they this to was we what where which who will with you".split())
 BOILERPLATE = re.compile(r"cookies|javascript|newsletter|all rights reserved|terms of (use|service)|privacy policy|"
                          r"click here|sign up|log in|share this on|lorem ipsum", re.I)
 
 
 def quality_rules(min_words, blocked_words):
     """Name → test: true of a text that should go. The order is that of the report; the first that is true counts."""
-    blocked = re.compile("|".join(rf"\b{re.escape(w.strip())}\b" for w in blocked_words.split(",") if w.strip()) or r"$^",
-                         re.I)
+    words = [re.escape(w.strip()) for w in blocked_words.split(",") if w.strip()]
+    blocked = re.compile(rf"\b({'|'.join(words)})\b" if words else r"$^", re.I)
 
     def share(items, test):
         return sum(map(test, items)) / max(1, len(items))
@@ -308,7 +308,8 @@ def quality_rules(min_words, blocked_words):
         "repeated lines": lambda t, w: 1 - len(set(lines(t))) / len(lines(t)) > 0.3,
         "odd words": lambda t, w: not 2 < sum(map(len, w)) / len(w) < 12 or share(w, lambda x: any(
             ch.isalpha() for ch in x)) < 0.4,
-        "not language": lambda t, w: "\ufffd" in t or share(w, lambda x: x.strip(".,;:!?\"'").lower() in STOP_WORDS) < 0.06,
+        "not language": lambda t, w: "\ufffd" in t or share(w, lambda x: x.strip(".,;:!?\"'").lower() in STOP_WORDS
+                                                            ) < 0.06,
         "undesirable": lambda t, w: bool(blocked.search(t)),
     }
 
@@ -332,7 +333,7 @@ class NearDuplicates:
         words = np.concatenate([words, np.zeros(max(0, 3 - len(words)), np.uint64)])
         triples = words[:-2] * np.uint64(0x9E3779B97F4A7C15) + words[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F) + words[2:]
         triples ^= triples >> np.uint64(29)
-        hashes = triples[:, None] * self.multiply + self.add                                    # (triples, permutations)
+        hashes = triples[:, None] * self.multiply + self.add                    # (triples, permutations)
         return (hashes >> np.uint64(32)).min(0).astype(np.uint32)
 
     def seen(self, text):
@@ -358,7 +359,8 @@ def clean(documents, config):
     spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
     for raw, label in documents:
         text = repair(raw)
-        read, read_bytes, repaired = read + 1, read_bytes + len(raw.encode("utf-8", "replace")), repaired + (text != raw)
+        read, repaired = read + 1, repaired + (text != raw)
+        read_bytes += len(raw.encode("utf-8", "replace"))
         words = text.split()
         reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
         if reason is None:
@@ -468,7 +470,8 @@ def load_tokenizer(out_dir):
         with open(path, "rb") as f:
             lines = [line.split() for line in f.read().splitlines()]
         tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
-        if [int(rank) for _, rank in lines] != list(range(len(lines))) or set(tokens[:256]) != {bytes([b]) for b in range(256)}:
+        ranks, single = [int(rank) for _, rank in lines], {bytes([b]) for b in range(256)}
+        if ranks != list(range(len(lines))) or set(tokens[:256]) != single:
             raise ValueError("the ranks are not complete")
         return Tokenizer(tokens)
     except (OSError, ValueError, binascii.Error) as error:
@@ -521,7 +524,7 @@ def read_jsonl(path, command="python prepare.py"):
             try:
                 records.append(json.loads(line))
             except ValueError as error:
-                raise SystemExit(f"{path}, line {number}: not JSON ({error}); mend or delete the line, or run {command} again")
+                raise SystemExit(f"{path}, line {number}: not JSON ({error}): mend it, or run {command} again")
     return records
 
 
@@ -579,7 +582,7 @@ def respond(model, tokenizer, records, run, key, temperature=1.0):
 
 @torch.no_grad()
 def bits_per_byte(model, run):
-    """-log2 p of the whole validation text, per byte of it: comparable between tokenizers, unlike the loss per token."""
+    """-log2 p of the whole validation text per byte: comparable between tokenizers, unlike the loss per token."""
     tokens, data = load_tokens(run.config.out_dir, "val")
     T, nats = model.model.config.block_size, 0.0
     starts = list(range(0, len(tokens) - 1, T))
@@ -713,8 +716,8 @@ def main():
             digest = hashlib.blake2b(text.encode(), digest_size=8, salt=str(config.seed).encode()[:16]).digest()
             sides["val" if int.from_bytes(digest, "big") < config.val_share * 2**64 else "train"].append(text)
         if not sides["train"] or not sides["val"]:
-            raise SystemExit(f"{len(kept)} documents are left after cleaning: too few to hold some out; give more text, "
-                             "or split it into documents with lines of <|endoftext|>")
+            raise SystemExit(f"{len(kept)} documents are left after cleaning, too few to hold some out: give more "
+                             "text, or split it into documents with lines of <|endoftext|>")
 
         tokens = train_bpe(sides["train"], config.vocab_size - len(SPECIAL))
         tokenizer = Tokenizer(tokens)
@@ -742,11 +745,12 @@ def main():
         data = dict(report, **written, byte_entropy=round(entropy, 4), dtype=np.dtype(dtype).name, seed=config.seed,
                     tokenizer=tokenizer.hash, vocab_size=tokenizer.size, source=config.text or "the tiny world")
         write_file(run.path("data.json.tmp"), json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        for name in ("tokenizer.tiktoken", "train.bin", "val.bin", "sft.jsonl", "prompts.jsonl", "eval.jsonl", "data.json"):
+        for name in ("tokenizer.tiktoken", "train.bin", "val.bin", "sft.jsonl", "prompts.jsonl", "eval.jsonl",
+                     "data.json"):
             run.publish(name)
-        update_scorecard(config.out_dir, "prepare", dict(
-            documents=len(kept), **{k: known[k] for k in ("recall", "precision") if known}, byte_entropy=data["byte_entropy"],
-            seconds=round(time.time() - started, 1)))
+        cleaning = {k: known[k] for k in ("recall", "precision") if known}
+        update_scorecard(config.out_dir, "prepare", dict(cleaning, documents=len(kept), byte_entropy=round(entropy, 4),
+                                                         seconds=round(time.time() - started, 1)))
         print(f"done in {time.time() - started:.1f} s; next: python pretrain.py")
 
 

@@ -23,7 +23,7 @@ from prepare import bits_per_byte, load_tokenizer, load_tokens, scorecard
 @dataclass
 class PretrainConfig(ModelConfig, RunConfig):
     table = "pretrain"
-    max_steps: int = option(540, "optimizer steps", low=1)
+    max_steps: int = option(560, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
     micro_batch_size: int = option(16, "sequences a process computes at once; the rest is accumulated", low=1)
     learning_rate: float = option(3e-3, "peak rate of AdamW (embeddings, norms)", low=0)
@@ -31,7 +31,7 @@ class PretrainConfig(ModelConfig, RunConfig):
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
     warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
     gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
-    eval_every: int = option(135, "steps between evaluations and checkpoints", low=1)
+    eval_every: int = option(140, "steps between evaluations and checkpoints", low=1)
     compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
     resume: bool = option(False, "go on from pretrain.last.pt")
 
@@ -94,12 +94,13 @@ def main():
         trained = run.wrap(torch.compile(model) if config.compile else model)
         flops, peak = flops_per_token(model, config.block_size), matrix_rate(run.device, run.dtype) * run.world
         if run.main:
-            print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which "
-                  f"{config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
+                  f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
                   f"matrix products reach {peak / 1e9:.0f} GFLOP/s here")
 
         def save(name):
-            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash, parent="prepare: train.bin")
+            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash,
+                     parent="prepare: train.bin")
 
         n_targets = config.batch_size * config.block_size
         clock, last_logged = time.time(), step

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (LanguageModel, Optimizers, Run, RunConfig, ScalarModel, epoch_batches, generate, learning_rate_factor,
-                   load_checkpoint, load_config, option, pad)
+from model import (LanguageModel, Optimizers, Run, RunConfig, ScalarModel, epoch_batches, generate,
+                   learning_rate_factor, load_checkpoint, load_config, option, pad)
 from prepare import (judge, load_tokenizer, prompt_ids, read_jsonl, rubric_score, to_jsonl, update_scorecard)
 
 
@@ -37,12 +37,12 @@ class RewardConfig(RunConfig):
     table = "reward"
     steps: str = option("sample,rank,train", "which steps to run, separated by commas")
     annotator: str = option("simulated", "who ranks", choices=("simulated", "human"))
-    annotator_noise: float = option(0.2, "Gumbel noise on the simulated annotator's scores; 0: it never errs", low=0)
+    annotator_noise: float = option(0.15, "Gumbel noise on the simulated annotator's scores; 0: it never errs", low=0)
     name: str = option("", "a human annotator's name; default: the login name")
     n_samples: int = option(4, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
     n_reward_layer: int = option(2, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
-    epochs: int = option(3, "passes over the rankings", low=1)
+    epochs: int = option(5, "passes over the rankings", low=1)
     batch_size: int = option(32, "prompts a step, over all processes, each with all its responses", low=1)
     micro_batch_size: int = option(16, "prompts a process computes at once", low=1)
     learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
@@ -129,15 +129,16 @@ def human_annotator(samples, path, name):
     """Show each prompt with its responses in random order and take down the ranking; every line is saved at once."""
     done = {(r["id"], r["annotator"]) for r in (read_jsonl(path) if os.path.exists(path) else [])}
     todo = [s for s in samples if (s["id"], name) not in done and len(s["responses"]) > 1]
-    print(f"\n{name}: {len(todo)} prompts to rank. Order the responses from best to worst by helpfulness, accuracy and\n"
-          "safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, q stops; all is kept.")
+    print(f"\n{name}: {len(todo)} prompts to rank. Order the responses from best to worst by helpfulness, accuracy\n"
+          "and safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, q stops; all is kept.")
     i, saved = 0, []
     while i < len(todo):
         sample = todo[i]
-        order = random.Random(f"{name} {sample['id']}").sample(range(len(sample["responses"])), len(sample["responses"]))
+        responses = sample["responses"]
+        order = random.Random(f"{name} {sample['id']}").sample(range(len(responses)), len(responses))  # blind, shuffled
         print(f"\n[{i + 1}/{len(todo)}]  {sample['prompt']}")
         for shown, index in enumerate(order):
-            print(f"   {shown}  {sample['responses'][index]['text']}" + ("" if sample["responses"][index]["ended"] else " […]"))
+            print(f"   {shown}  {responses[index]['text']}" + ("" if responses[index]["ended"] else " […]"))
         started = time.time()
         try:
             answer = input("ranking> ").strip().lower()
@@ -197,7 +198,7 @@ def rank_responses(run, config):
 # train
 
 def ranking_loss(scores, ranks):
-    """The K-wise loss of each prompt (Ouyang et al. 2022, eq. 1): the mean of -log σ(r_i - r_j) over its ordered pairs.
+    """The K-wise loss of each prompt (Ouyang et al. 2022, eq. 1): mean of -log σ(r_i - r_j) over its ordered pairs.
 
     scores (P, K): r of each response. ranks (P, K): 0 is best, equal numbers are ties, negative ones are padding. Tied
     pairs are left out, also from the divisor. Returns (P,), 0 for a prompt without an ordered pair."""

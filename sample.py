@@ -55,7 +55,7 @@ def newest_stage(run, default=""):
 
 
 def stream(run, tokenizer, model, ids, key):
-    """Continue ids and print each token as it comes; returns the text. Bytes that are not yet a whole character wait."""
+    """Continue ids and print each token as it comes; returns the text. Bytes wait for the rest of their character."""
     config, decoder, text = run.config, codecs.getincrementaldecoder("utf-8")("replace"), []
 
     def show(row, token):
@@ -158,13 +158,16 @@ def chart(title, records, *names):
     w, h = 400, 150
     lines = [f'<text x="0" y="-12" font-weight="bold">{html.escape(title)}</text>'
              f'<rect width="{w}" height="{h}" fill="none" stroke="#ccc"/>'
-             f'<text x="-6" y="10" text-anchor="end">{y1:.3g}</text><text x="-6" y="{h}" text-anchor="end">{y0:.3g}</text>'
+             f'<text x="-6" y="10" text-anchor="end">{y1:.3g}</text>'
+             f'<text x="-6" y="{h}" text-anchor="end">{y0:.3g}</text>'
              f'<text x="{w}" y="{h + 16}" text-anchor="end">step {x1}</text>']
     for i, (name, curve) in enumerate((n, c) for n, c in curves.items() if c):
         colour = ("#06c", "#c40", "#283", "#939")[i % 4]
-        path = " ".join(f"{w * (x - x0) / max(1, x1 - x0):.1f},{h - h * (y - y0) / max(1e-9, y1 - y0):.1f}" for x, y in curve)
+        path = " ".join(f"{w * (x - x0) / max(1, x1 - x0):.1f},{h - h * (y - y0) / max(1e-9, y1 - y0):.1f}"
+                        for x, y in curve)
+        label = f"{name.replace('_', ' ')} {curve[-1][1]:.3g}"
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                     f'<text x="{w + 8}" y="{14 + 18 * i}" fill="{colour}">{name.replace("_", " ")} {curve[-1][1]:.3g}</text>')
+                     f'<text x="{w + 8}" y="{14 + 18 * i}" fill="{colour}">{label}</text>')
     return f'<svg viewBox="-60 -28 620 204" width="620" height="204">{"".join(lines)}</svg>'
 
 
@@ -183,11 +186,12 @@ def write_report(run, rows, card):
             f"<tr><td>{stage}<td>{html.escape(text)}<td>{number(proxy)}<td>{number(gold)}</tr>"
             for stage, text, proxy, gold in answers) + "</table>" for prompt, answers in rows)
     other = {stage: figures for stage, figures in card.items() if stage in ("prepare", "reward")}
-    write_file(run.path("report.html"), f"""<!doctype html><meta charset="utf-8"><title>{html.escape(run.config.out_dir)}</title>
-<style>body {{ font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }} svg text {{ font: 12px sans-serif }}
-table {{ border-collapse: collapse; width: 100% }} td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }}
-td:nth-child(2) {{ width: 70% }} pre {{ background: #f4f4f4; padding: 1em; overflow: auto }}</style>
-<h1>{html.escape(run.config.out_dir)}</h1><h2>Scorecard</h2><pre>{html.escape(scorecard_table(card))}
+    title = html.escape(run.config.out_dir)
+    write_file(run.path("report.html"), f"""<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse; width: 100% }} td:nth-child(2) {{ width: 70% }} svg text {{ font: 12px sans-serif }}
+td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }} pre {{ background: #f4f4f4; padding: 1em }}
+</style><h1>{title}</h1><h2>Scorecard</h2><pre>{html.escape(scorecard_table(card))}
 
 {html.escape(json.dumps(other, indent=1))}</pre><h2>Curves</h2>{"".join(charts)}
 <h2>The same prompts at every stage</h2>{samples}
@@ -201,8 +205,9 @@ def main():
         if config.compare:
             rows = compare(run, tokenizer)
             for prompt, answers in rows:
-                print(f"\n{prompt}\n" + "\n".join(f"  {stage:9} reward {number(proxy)}  rubric {number(gold)}   {text!r}"
-                                                  for stage, text, proxy, gold in answers))
+                print("\n" + prompt)
+                for stage, text, proxy, gold in answers:
+                    print(f"  {stage:9} reward {number(proxy)}  rubric {number(gold)}   {text!r}")
             card = {}
             if os.path.exists(run.path("scorecard.json")):
                 with open(run.path("scorecard.json"), encoding="utf-8") as f:
