@@ -266,7 +266,7 @@ def train_reward_model(run, config, tokenizer):
                          f"{parent['model_config'].n_layer} blocks to start from")
     model_config = replace(parent["model_config"], n_layer=config.n_reward_layer)
     rankings = [r for r in read_jsonl(run.path("rankings.jsonl"), "python reward.py --steps=sample,rank")
-                if len(r["ranking"]) > 1]
+                if len(r["ranking"]) > 1 and (config.annotator == "simulated" or r["annotator"] != "simulated")]
     records = {r["id"]: r for r in read_jsonl(run.path("prompts.jsonl")) if "rubric" in r}
     ids = sorted({r["id"] for r in rankings})
     random.Random(config.seed).shuffle(ids)  # held out by prompt: no response to a held-out prompt is trained on
