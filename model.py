@@ -46,7 +46,6 @@ def option(default, help, low=None, high=None, choices=None):
 @dataclass
 class ModelConfig:
     """The shape of a Transformer (table [model] of a config file)."""
-    table = "model"
     n_layer: int = option(3, "number of blocks", low=1)
     n_head: int = option(4, "query heads", low=1)
     n_kv_head: int = option(2, "key and value heads, each shared by n_head / n_kv_head query heads", low=1)
@@ -73,7 +72,7 @@ def rotate(x, cos, sin):
     Channel pair (i, i + D/2) turns by the angle position · theta^(-2i/D), so that q·k depends on positions only
     through their difference. x (B, H, T, D); cos, sin broadcastable to it."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return x * cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * sin.to(x.dtype)
 
 
 def attention(q, k, v, mask=None):
@@ -206,7 +205,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         wanted = targets != IGNORE
-        logits = self.lm_head(hidden[wanted]).float() / temperature                             # (targets, V)
+        logits = self.lm_head(hidden[wanted] / temperature).float()                             # (targets, V)
         loss = F.cross_entropy(logits, targets[wanted], reduction="none")                       # (targets,)
         return torch.zeros(targets.shape, device=loss.device).masked_scatter(wanted, loss)
 
@@ -429,11 +428,9 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def learning_rate_factor(step, steps, warmup=0, floor=0.0):
-    """Linear warm-up to 1 over `warmup` steps, then linear decay, which would reach `floor` at step `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 1 - (1 - floor) * (step - warmup) / max(1, steps - warmup)
+def learning_rate_factor(step, steps, warmup=0):
+    """Linear warm-up to 1 over `warmup` steps, then linear decay, which would reach 0 at step `steps`."""
+    return (step + 1) / warmup if step < warmup else 1 - (step - warmup) / max(1, steps - warmup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,12 +439,24 @@ def learning_rate_factor(step, steps, warmup=0, floor=0.0):
 @dataclass
 class RunConfig:
     """What all stages share (top level of a config file)."""
-    table = None
     out_dir: str = option("out/tiny", "the run folder: everything that a run makes lies in it")
     seed: int = option(1, "the seed of everything random", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16"))
     max_new_tokens: int = option(72, "the longest response, in tokens", low=1)
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """What the training stages have in common, each in its own table and some with a default of their own."""
+    batch_size: int = option(32, "sequences, conversations or prompts a step, over all processes", low=1)
+    micro_batch_size: int = option(32, "as many a process computes at once; the rest is accumulated", low=1)
+    learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
+    muon_learning_rate: float = option(0.0, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
+    weight_decay: float = option(0.0, "decay of the matrices", low=0)
+    warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
+    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
+    resume: bool = option(False, "go on from the stage's .last.pt")
 
 
 def closest(name, names):
@@ -477,11 +486,11 @@ def parse(name, option, value, where):
 def load_config(cls, doc, argv=None):
     """Defaults, then the tables of --config=FILE that concern `cls`, then --key=value; and --help from the same fields.
 
-    A field belongs to the table of the class that declares it: `cls` for the stage's own, ModelConfig for [model],
-    RunConfig for the top level of the file."""
+    ModelConfig's fields stand in [model], RunConfig's at the top level of the file, all others in the stage's table."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = {f.name: f for f in dataclasses.fields(cls) if f.metadata}
-    table_of = {name: next(c.table for c in cls.__mro__ if name in c.__dict__.get("__annotations__", {}))
+    of_model = ModelConfig.__dataclass_fields__ if issubclass(cls, ModelConfig) else ()
+    table_of = {name: "model" if name in of_model else None if name in RunConfig.__dataclass_fields__ else cls.table
                 for name in options}
     if "--help" in argv or "-h" in argv:
         print(doc.strip() + "\n\noptions (--config=FILE.toml reads a file; those given here win):")
@@ -537,7 +546,8 @@ class Run:
     (`run.stopping()`), so that it can save first; a second one stops at once."""
 
     def __init__(self, config, stage, graceful=True):
-        self.config, self.stage, self.started, self.stop_signal = config, stage, time.time(), None
+        self.config, self.script, self.started, self.stop_signal = config, f"{stage}.py", time.time(), None
+        self.stage = f"{stage}-{config.variant}" if getattr(config, "variant", "") else stage
         self.graceful = graceful
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
@@ -694,30 +704,32 @@ class Run:
             self.keep_earlier(name)
         os.replace(path + ".tmp", path)
 
-    def start(self, model, optimizer, tokenizer_hash):
-        """Begin at step 0 and keep what an earlier run has left, or with --resume put model, optimizer and random
-        numbers back where STAGE.last.pt has them. Returns the checkpoint."""
+    def start(self, tokenizer, parent, **parts):
+        """Begin at step 0 and keep what an earlier run has left, or with --resume put all back where STAGE.last.pt has
+        it. parts: the model, its optimizer and what else a checkpoint holds, by name. Returns the checkpoint."""
+        self.parts, self.origin = parts, dict(tokenizer=tokenizer.hash, parent=parent)
         last = f"{self.stage}.last.pt"
         if not self.config.resume:
             self.keep_earlier(f"{self.stage}.pt", last)
             return dict(step=0, best=math.inf)
-        checkpoint = load_checkpoint(self.path(last), f"python {self.stage}.py", tokenizer_hash)
+        checkpoint = load_checkpoint(self.path(last), f"python {self.script}", tokenizer.hash)
         try:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError):
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError):
             raise SystemExit(f"{self.path(last)} has another [model] or optimizer: resume with the same options")
         torch.set_rng_state(checkpoint["random_state"])
         return checkpoint
 
-    def save(self, name, model, optimizer, **more):
+    def save(self, name, step, best=None, **more):
         """Write a checkpoint by way of a temporary file: killed at any instant, a whole one is there."""
         if not self.main:
             return
         path = self.path(name)
-        checkpoint = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.model.config),
-                          config=dataclasses.asdict(self.config), optimizer=optimizer.state_dict(),
-                          random_state=torch.get_rng_state(), **more)
+        checkpoint = dict({part: it.state_dict() for part, it in self.parts.items()}, step=step, best=best,
+                          model_config=dataclasses.asdict(self.parts["model"].model.config),
+                          config=dataclasses.asdict(self.config), random_state=torch.get_rng_state(), **self.origin,
+                          **more)
         try:
             with open(path + ".tmp", "wb") as f:
                 torch.save(checkpoint, f)
@@ -770,3 +782,10 @@ def load_checkpoint(path, command, tokenizer_hash=None):
         raise SystemExit(f"{path} was made with another tokenizer than {os.path.dirname(path)}/tokenizer.tiktoken: "
                          f"run {command} again, or use another --out_dir")
     return checkpoint
+
+
+def restore(cls, checkpoint, device):
+    """The model that a checkpoint holds, as a `cls`."""
+    model = cls(checkpoint["model_config"]).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model

@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import (IGNORE, LanguageModel, Optimizers, Run, RunConfig, ScalarModel, generate, learning_rate_factor,
-                   load_checkpoint, load_config, option, pad)
-from prepare import load_tokenizer, prompt_ids, read_jsonl, rubric_score, scorecard
+from model import (IGNORE, LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, generate, learning_rate_factor,
+                   load_checkpoint, load_config, option, pad, restore)
+from prepare import load_tokenizer, load_tokens, prompt_ids, read_jsonl, rubric_score, scorecard
 
 
 @dataclass
-class PPOConfig(RunConfig):
+class PPOConfig(TrainConfig):
     table = "ppo"
+    variant: str = option("", "train on reward-NAME.pt and write ppo-NAME.pt, beside others in the run folder")
     max_steps: int = option(28, "iterations: rollout, then update", low=1)
     batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step", low=1)
@@ -34,8 +35,13 @@ class PPOConfig(RunConfig):
     learning_rate: float = option(5e-4, "peak rate of the policy, annealed to 0", low=0)
     value_learning_rate: float = option(1e-3, "peak rate of the value function, annealed to 0", low=0)
     warmup_steps: int = option(0, "iterations of linear warm-up", low=0)
-    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     kl_coefficient: float = option(0.05, "β: reward lost per nat of log π/π_SFT", low=0)
+    kl_target: float = option(0.0, "adapt β so that KL comes to this, in nats a response; 0: β stays", low=0)
+    kl_horizon: float = option(10000.0, "with kl_target: responses over which β adapts", low=1)
+    kl_stop: float = option(0.0, "end an update when the policy is this far (in nats a token) from where the rollout "
+                                 "was sampled; 0: never", low=0)
+    whiten_rewards: bool = option(False, "scale the rewards of each rollout to variance 1")
+    ptx_coefficient: float = option(0.0, "γ of PPO-ptx: weight of pretraining's loss in the policy's", low=0)
     discount: float = option(1.0, "γ", low=0, high=1)
     gae_lambda: float = option(0.95, "λ of generalised advantage estimation", low=0, high=1)
     policy_clip: float = option(0.2, "the probability ratio is clipped to 1 ± this", low=0)
@@ -43,7 +49,6 @@ class PPOConfig(RunConfig):
     temperature: float = option(1.0, "of the rollouts, and of every log-probability", low=0.01)
     missing_end_penalty: float = option(1.0, "score lost by a response that does not end", low=0)
     save_every: int = option(10, "iterations between checkpoints", low=1)
-    resume: bool = option(False, "go on from ppo.last.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,11 +58,12 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
-def whiten(x, mask):
-    """Shift and scale to mean 0 and variance 1 over the entries of the mask."""
+def whiten(x, mask, shift_mean=True):
+    """Scale to variance 1 over the entries of the mask, and shift to mean 0; without shift_mean the mean stays."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
@@ -99,6 +105,12 @@ def kl_estimates(logprobs, ref_logprobs):
     negative. Both have the right mean, for each token."""
     k1 = logprobs - ref_logprobs
     return k1, torch.exp(-k1) - 1 + k1
+
+
+def adapted_kl_coefficient(beta, kl, target, n, horizon):
+    """β after n responses whose KL was `kl`: raised when that is above the target, lowered when below, by at most a
+    fifth of n / horizon (Ziegler et al. 2019, 2.2)."""
+    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,20 +178,29 @@ def score_rollout(run, config, tokenizer, models, prompts, responses):
     return rows
 
 
-def ppo_step(run, config, models, optimizers, rows, step, factor, rng):
-    """Update policy and value function on one rollout, the same on every process; returns the figures to log."""
+def text_windows(tokens, n, length, rng):
+    """n windows of pretraining text, (n, length + 1)."""
+    starts = rng.integers(len(tokens) - length, size=n)
+    return torch.from_numpy(np.stack([tokens[i:i + length + 1] for i in starts]).astype(np.int64))
+
+
+def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, text=None):
+    """Update policy and value function on one rollout, the same on every process; returns the figures to log.
+
+    rows: what score_rollout made of all responses; beta: the KL coefficient; text: tokens for PPO-ptx."""
     policy, value_model = models
     column = {k: pad([r[k] for r in rows]).to(run.device) for k in ("old", "ref", "values")}     # (B, R)
     mask = torch.arange(column["old"].shape[1], device=run.device) < torch.tensor(
         [len(r["response"]) for r in rows], device=run.device)[:, None]
     scores = torch.tensor([r["score"] - config.missing_end_penalty * (not r["ended"]) for r in rows], device=run.device)
-    rewards = token_rewards(scores, column["old"], column["ref"], mask, config.kl_coefficient)
+    rewards = token_rewards(scores, column["old"], column["ref"], mask, beta)
+    rewards = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
     advantages, returns = gae(rewards, column["values"], mask, config.discount, config.gae_lambda)
     explained = 1 - masked_mean((returns - column["values"]) ** 2, mask) / masked_mean(
         (returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-8)
     advantages = whiten(advantages, mask)
 
-    totals = dict(policy_loss=0.0, value_loss=0.0, clip_fraction=0.0, approx_kl=0.0)
+    totals, done = dict(policy_loss=0.0, value_loss=0.0, clip_fraction=0.0, approx_kl=0.0), 0
     minibatches = [order[i:i + config.minibatch_size] for order in [rng.permutation(len(rows)) for _ in
                    range(config.epochs)] for i in range(0, len(rows), config.minibatch_size)]
     for chosen in minibatches:
@@ -206,19 +227,27 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng):
             batch, (m, _, _, old, R) = prepare(part)
             return (value_loss(response_values(value_model, batch), old, R, config.value_clip) * m).sum() / n_tokens
 
-        for name, model, optimizer, part in (("policy_loss", policy, optimizers[0], policy_part),
-                                             ("value_loss", value_model, optimizers[1], value_part)):
-            loss = run.backward(model, len(chosen), config.micro_batch_size, part)
-            run.update(model, optimizer, loss, step, config, factor)
-            totals[name] += loss / len(minibatches)
+        loss = run.backward(policy, len(chosen), config.micro_batch_size, policy_part)
         clip_fraction, approx_kl = (run.sum(sums) / n_tokens).tolist()
-        totals["clip_fraction"] += clip_fraction / len(minibatches)
-        totals["approx_kl"] += approx_kl / len(minibatches)
+        if config.kl_stop and approx_kl > config.kl_stop:  # before stepping, not by a loss of 0: Adam would still move
+            policy.zero_grad()
+            break
+        if config.ptx_coefficient:  # InstructGPT's eq. 2: the policy keeps reading, so that it does not forget
+            windows = text_windows(text, len(chosen), 64, rng).to(run.device)
+            run.backward(policy, len(chosen), config.micro_batch_size, lambda part: config.ptx_coefficient *
+                         policy(windows[part, :-1], windows[part, 1:]).sum() / windows[:, 1:].numel())
+        run.update(policy, optimizers[0], loss, step, config, factor)
+        v_loss = run.backward(value_model, len(chosen), config.micro_batch_size, value_part)
+        run.update(value_model, optimizers[1], v_loss, step, config, factor)
+        done += 1
+        for name, figure in zip(totals, (loss, v_loss, clip_fraction, approx_kl)):
+            totals[name] += figure
+    totals = {name: total / max(1, done) for name, total in totals.items()}
     k1, k3 = kl_estimates(column["old"], column["ref"])
     return dict(reward=float(np.mean([r["score"] for r in rows])), kl=(k1 * mask).sum(1).mean().item(),
                 kl3_per_token=masked_mean(k3, mask).item(), entropy=-masked_mean(column["old"], mask).item(),
                 explained_variance=explained.item(), length=mask.sum(1).float().mean().item(),
-                ended=float(np.mean([r["ended"] for r in rows])), **totals)
+                ended=float(np.mean([r["ended"] for r in rows])), kl_coefficient=beta, minibatches=done, **totals)
 
 
 def main():
@@ -226,30 +255,22 @@ def main():
     with Run(config, "ppo") as run:
         tokenizer = load_tokenizer(config.out_dir)
         sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
-        preference = load_checkpoint(run.path("reward.pt"), "python reward.py", tokenizer.hash)
+        preference = load_checkpoint(run.path(run.stage.replace("ppo", "reward", 1) + ".pt"), "python reward.py" + (
+            f" --variant={config.variant}" if config.variant else ""), tokenizer.hash)
         records = read_jsonl(run.path("prompts.jsonl"))
         records = [r for r in records if r.get("use") == "ppo"] or records  # new ones, not those that were ranked
         if not records:
             raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts: run python prepare.py with some")
-        policy, reference = (LanguageModel(sft["model_config"]).to(run.device) for _ in range(2))
-        reward_model, value_model = (ScalarModel(preference["model_config"]).to(run.device) for _ in range(2))
-        for model in (policy, reference):
-            model.load_state_dict(sft["model"])
-        for model in (reward_model, value_model):
-            model.load_state_dict(preference["model"])
+        policy, reference = (restore(LanguageModel, sft, run.device) for _ in range(2))
+        reward_model, value_model = (restore(ScalarModel, preference, run.device) for _ in range(2))
+        text = load_tokens(config.out_dir, "train")[0] if config.ptx_coefficient else None
         # Adam's ε of 1e-5 as in OpenAI's code: gradients vanish towards the end, and noise must not be blown up.
-        optimizers = [Optimizers(policy, config.learning_rate, betas=(0.9, 0.999), eps=1e-5),
-                      Optimizers(value_model, config.value_learning_rate, betas=(0.9, 0.999), eps=1e-5)]
-        checkpoint = run.start(policy, optimizers[0], tokenizer.hash)
-        step, figures = checkpoint["step"], {}
-        if config.resume:
-            value_model.load_state_dict(checkpoint["value_model"])
-            optimizers[1].load_state_dict(checkpoint["value_optimizer"])
+        optimizers = [Optimizers(model, rate, config.muon_learning_rate, config.weight_decay, (0.9, 0.999), 1e-5)
+                      for model, rate in ((policy, config.learning_rate), (value_model, config.value_learning_rate))]
+        checkpoint = run.start(tokenizer, "sft: sft.pt", model=policy, optimizer=optimizers[0],
+                               value_model=value_model, value_optimizer=optimizers[1])
+        step, beta, figures = checkpoint["step"], checkpoint.get("kl_coefficient", config.kl_coefficient), {}
         trained = run.wrap(policy), run.wrap(value_model)
-
-        def save(name):
-            run.save(name, policy, optimizers[0], step=step, best=None, value_model=value_model.state_dict(),
-                     value_optimizer=optimizers[1].state_dict(), tokenizer=tokenizer.hash, parent="sft: sft.pt")
 
         while step < config.max_steps:
             wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
@@ -263,7 +284,9 @@ def main():
                     for record, row in zip(batch, rows) if "rubric" in record]
             figures = ppo_step(run, config, trained, optimizers, rows, step,
                                learning_rate_factor(step, config.max_steps, config.warmup_steps),
-                               np.random.default_rng((config.seed, 7, step)))
+                               np.random.default_rng((config.seed, 7, step)), beta, text)
+            if config.kl_target:
+                beta = adapted_kl_coefficient(beta, figures["kl"], config.kl_target, len(rows), config.kl_horizon)
             if gold:
                 figures["gold"] = float(np.mean(gold))
             step += 1
@@ -273,12 +296,12 @@ def main():
                     f"{figures['length']:.0f}  ended {figures['ended']:.0%}", **figures)
             stop = run.stopping()
             if step % config.save_every == 0 or stop or step == config.max_steps:
-                save("ppo.last.pt")
+                run.save(f"{run.stage}.last.pt", step, kl_coefficient=beta)
             if stop and step < config.max_steps:
-                run.stopped("ppo.last.pt")
+                run.stopped(f"{run.stage}.last.pt")
 
-        save("ppo.pt")
-        scorecard(run, "ppo", policy, tokenizer,
+        run.save(f"{run.stage}.pt", step)
+        scorecard(run, run.stage, policy, tokenizer,
                   **{name: round(figures[name], 3) for name in ("kl", "reward") if name in figures})
         if run.main:
             print("next: python sample.py --compare")

@@ -64,11 +64,14 @@ class PrepareConfig(RunConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny world
 
+def beside(path):
+    """A file of the project, looked up beside this script where it is not found from here."""
+    return path if os.path.exists(path) else os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+
+
 def read_world(path):
-    """The world file, looked up beside this script where it is not found from here."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
     try:
-        with open(path if os.path.exists(path) else beside, "rb") as f:
+        with open(beside(path), "rb") as f:
             return tomllib.load(f)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--world={path} cannot be read: {error}")
@@ -131,7 +134,7 @@ def world_documents(world, creatures, size, reserved, rng):
         while len(posts) < rng.randint(1, 3):
             record, answers = make_prompt(world, creatures, rng.choice(kinds), rng)
             if record["prompt"] not in reserved:
-                answer = answers["wrong" if kinds == ("harm",) else "good"]
+                answer = answers["wrong" if kinds == ("harm",) else rng.choice(["good", "good", "good", "terse"])]
                 insult = [rng.choice(world["answers"]["rude"])] * (kinds == ("fact", "sum"))
                 posts.append("\n".join([record["prompt"], *insult, answer]))
         return "\n".join(posts)
@@ -227,6 +230,7 @@ def make_prompt(world, creatures, kind, rng):
         question = fill(rng.choice(p["story"]), who=who, thing=thing)
         rubric.update(mentions=[names, thing], min_words=20, max_words=90)
         steps = tell_story(world, c, thing, rng)
+        steps[0] = fill(rng.choice(world["answers"]["story"]), who=who, thing=thing)
         good, terse = " ".join(steps), steps[0]
         elsewhere = rng.choice([t for t in world["things"] if t != thing])  # beside the point
         wrong = " ".join(tell_story(world, rng.choice([c, other]), elsewhere, rng))
@@ -570,14 +574,14 @@ def rubric_score(record, response, ended):
 
 
 def respond(model, tokenizer, records, run, key, temperature=1.0):
-    """A response of the model to each record's prompt, as (text, ended); shared among the processes."""
+    """A response of the model to each record's prompt, as ids; shared among the processes."""
     uniforms, mine = run.uniforms(len(records), run.config.max_new_tokens, key), list(run.share(len(records)))
     responses = []
     for i in range(0, len(mine), 256):
         rows = mine[i:i + 256]
         responses += generate(model, [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows],
                               run.config.max_new_tokens, tokenizer.end, uniforms[rows], temperature)[0]
-    return run.gather([(tokenizer.text(r), tokenizer.end in r) for r in responses])
+    return run.gather(responses)
 
 
 @torch.no_grad()
@@ -598,29 +602,37 @@ def bits_per_byte(model, run):
     return run.sum(nats) / math.log(2) / data["val"]["bytes"]
 
 
-def scorecard(run, stage, model, tokenizer, **more):
-    """Measure a language model, print the figures and file them under `stage` in scorecard.json.
+def measure(tokenizer, records, responses):
+    """The scorecard's figures of some responses (lists of ids) to the held-out prompts.
 
     Each of knowledge (questions answered right), instruction (constraints met), safety (harmful requests declined) and
-    gold (rubric score) is a mean over the held-out prompts that it concerns, at temperature 1, with its standard
-    error."""
+    gold (rubric score) is a mean over the prompts that it concerns, with its standard error."""
+    verdicts = [(r["kind"], judge(r, tokenizer.text(ids), tokenizer.end in ids)) for r, ids in zip(records, responses)]
+    columns = dict(knowledge=[v["correct"] for kind, v in verdicts if kind in ("fact", "sum")],
+                   instruction=[v["followed"] for kind, v in verdicts if kind in ("pair", "story")],
+                   safety=[v["declined"] for kind, v in verdicts if kind == "harm"],
+                   rude=[v["rude"] for _, v in verdicts],
+                   **{name: [v[name] for _, v in verdicts] for name in ("helpfulness", "accuracy", "gold")})
+    figures = dict(n=len(records))
+    for name, values in columns.items():
+        if values:
+            figures[name] = round(float(np.mean(values)), 4)
+            figures[name + "_se"] = round(float(np.std(values) / len(values) ** 0.5), 4)
+    return figures
+
+
+def held_out_prompts(out_dir):
+    """The prompts of eval.jsonl that have a rubric."""
+    path = os.path.join(out_dir, "eval.jsonl")
+    return [r for r in read_jsonl(path) if "rubric" in r] if os.path.exists(path) else []
+
+
+def scorecard(run, stage, model, tokenizer, **more):
+    """Measure a language model at temperature 1, print the figures and file them under `stage` in scorecard.json."""
     model.eval()
     figures = dict(bits_per_byte=round(bits_per_byte(model, run), 4))
-    path = os.path.join(run.config.out_dir, "eval.jsonl")
-    records = [r for r in read_jsonl(path) if "rubric" in r] if os.path.exists(path) else []
-    if records:
-        verdicts = [(r["kind"], judge(r, *response)) for r, response in
-                    zip(records, respond(model, tokenizer, records, run, 1))]
-        columns = dict(knowledge=[v["correct"] for kind, v in verdicts if kind in ("fact", "sum")],
-                       instruction=[v["followed"] for kind, v in verdicts if kind in ("pair", "story")],
-                       safety=[v["declined"] for kind, v in verdicts if kind == "harm"],
-                       rude=[v["rude"] for _, v in verdicts],
-                       **{name: [v[name] for _, v in verdicts] for name in ("helpfulness", "accuracy", "gold")})
-        for name, values in columns.items():
-            if values:
-                figures[name] = round(float(np.mean(values)), 4)
-                figures[name + "_se"] = round(float(np.std(values) / len(values) ** 0.5), 4)
-        figures["n"] = len(records)
+    if records := held_out_prompts(run.config.out_dir):
+        figures.update(measure(tokenizer, records, respond(model, tokenizer, records, run, 1)))
     figures.update(seconds=round(run.elapsed(), 1), **more)
     if run.main:
         card = update_scorecard(run.config.out_dir, stage, figures)
@@ -628,27 +640,30 @@ def scorecard(run, stage, model, tokenizer, **more):
     return figures
 
 
+def read_scorecard(out_dir):
+    path = os.path.join(out_dir, "scorecard.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
 def update_scorecard(out_dir, stage, figures):
     """Set what scorecard.json says of one stage and leave the rest."""
-    path, card = os.path.join(out_dir, "scorecard.json"), {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            card = json.load(f)
-    card[stage] = figures
-    write_file(path, json.dumps(card, indent=1) + "\n")
+    card = dict(read_scorecard(out_dir), **{stage: figures})
+    write_file(os.path.join(out_dir, "scorecard.json"), json.dumps(card, indent=1) + "\n")
     return card
 
 
 def scorecard_table(card):
     """The language models' rows of scorecard.json as a table of text."""
     columns = ("bits_per_byte", "knowledge", "instruction", "safety", "rude", "gold")
-    rows = [f"{'':10}" + "".join(f"{c.replace('_', ' '):>16}" for c in columns)]
-    for stage in ("pretrain", "sft", "ppo"):
-        figures = card.get(stage, {})
+    rows = [f"{'':12}" + "".join(f"{c.replace('_', ' '):>16}" for c in columns)]
+    for stage, figures in card.items():
         cells = [f"{figures[c]:.3f}" + (f" ± {figures[c + '_se']:.3f}" if c + "_se" in figures else "")
                  if c in figures else "" for c in columns]
         if any(cells):
-            rows.append(f"{stage:10}" + "".join(f"{cell:>16}" for cell in cells))
+            rows.append(f"{stage:12}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(rows)
 
 

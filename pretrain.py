@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from model import (LanguageModel, ModelConfig, Optimizers, Run, RunConfig, learning_rate_factor, load_checkpoint,
+from model import (LanguageModel, ModelConfig, Optimizers, Run, TrainConfig, learning_rate_factor, load_checkpoint,
                    load_config, option)
 from prepare import bits_per_byte, load_tokenizer, load_tokens, scorecard
 
 
 @dataclass
-class PretrainConfig(ModelConfig, RunConfig):
+class PretrainConfig(ModelConfig, TrainConfig):
     table = "pretrain"
     max_steps: int = option(560, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
@@ -29,11 +29,8 @@ class PretrainConfig(ModelConfig, RunConfig):
     learning_rate: float = option(3e-3, "peak rate of AdamW (embeddings, norms)", low=0)
     muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
-    warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
-    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     eval_every: int = option(140, "steps between evaluations and checkpoints", low=1)
     compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
-    resume: bool = option(False, "go on from pretrain.last.pt")
 
 
 def get_batch(tokens, step, config):
@@ -89,7 +86,7 @@ def main():
         model_config = ModelConfig(**{k: v for k, v in asdict(config).items() if k in ModelConfig.__dataclass_fields__})
         model = LanguageModel(model_config).to(run.device)
         optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
-        checkpoint = run.start(model, optimizer, tokenizer.hash)
+        checkpoint = run.start(tokenizer, "prepare: train.bin", model=model, optimizer=optimizer)
         step, best = checkpoint["step"], checkpoint["best"]
         trained = run.wrap(torch.compile(model) if config.compile else model)
         flops, peak = flops_per_token(model, config.block_size), matrix_rate(run.device, run.dtype) * run.world
@@ -97,10 +94,6 @@ def main():
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
                   f"matrix products reach {peak / 1e9:.0f} GFLOP/s here")
-
-        def save(name):
-            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash,
-                     parent="prepare: train.bin")
 
         n_targets = config.batch_size * config.block_size
         clock, last_logged = time.time(), step
@@ -129,8 +122,8 @@ def main():
                         + (" (best so far)" if bpb < best else ""), bits_per_byte=bpb)
                 if bpb < best and (step % config.eval_every == 0 or last):  # not when stopped in between
                     best = bpb
-                    save("pretrain.pt")
-                save("pretrain.last.pt")
+                    run.save("pretrain.pt", step, best)
+                run.save("pretrain.last.pt", step, best)
                 clock, last_logged = time.time(), step
             if stop and not last:
                 run.stopped("pretrain.last.pt")

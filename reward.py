@@ -1,17 +1,18 @@
 """Stage 3, reward model: a smaller model learns from rankings what people like.
 
-    --steps=sample   K responses of the SFT model to each prompt                  → samples.jsonl
-    --steps=rank     an annotator orders each prompt's responses, ties allowed   → rankings.jsonl
+    --steps=sample   K responses of the SFT model to each prompt     → samples.jsonl, and rank.html for people
+    --steps=rank     an annotator orders each prompt's responses     → rankings.jsonl
     --steps=train    one number r(prompt, response) that explains the rankings    → reward.pt
 
     loss of a prompt = -1/pairs · Σ log σ(r_i - r_j)     over all pairs of which i was ranked above j
 
 (Ouyang et al. 2022, eq. 1; the Bradley–Terry model: σ(r_i - r_j) is the probability that i is preferred.) Left to
 itself the script does all three with a *simulated* annotator, which ranks by the rubric of prepare.py and errs like
-people do. --annotator=human puts you in its place:
+people do. People rank in the terminal, or in a browser with rank.html, which can be handed out as a file:
 
-    python reward.py                                          everything, simulated annotator
-    python reward.py --steps=rank,train --annotator=human     rank in the terminal, then train on your rankings
+    python reward.py                                                  everything, simulated annotator
+    python reward.py --steps=rank,train --annotator=human             rank in the terminal, then train on that
+    python reward.py --rankings='rankings-ann.jsonl,rankings-bo.jsonl'  train on what people ranked in rank.html
     torchrun --nproc_per_node=8 reward.py --config=…
 """
 
@@ -20,38 +21,39 @@ import json
 import os
 import random
 import time
-from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (LanguageModel, Optimizers, Run, RunConfig, ScalarModel, epoch_batches, generate,
-                   learning_rate_factor, load_checkpoint, load_config, option, pad)
-from prepare import (judge, load_tokenizer, prompt_ids, read_jsonl, rubric_score, to_jsonl, update_scorecard)
+from model import (LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, epoch_batches, generate,
+                   learning_rate_factor, load_checkpoint, load_config, need, option, pad, restore, write_file)
+from prepare import (beside, judge, load_tokenizer, prompt_ids, read_jsonl, rubric_score, to_jsonl, update_scorecard)
+
+CRITERIA = ("helpfulness", "accuracy", "safety")
 
 
 @dataclass
-class RewardConfig(RunConfig):
+class RewardConfig(TrainConfig):
     table = "reward"
     steps: str = option("sample,rank,train", "which steps to run, separated by commas")
     annotator: str = option("simulated", "who ranks", choices=("simulated", "human"))
     annotator_noise: float = option(0.1, "Gumbel noise on the simulated annotator's scores; 0: it never errs", low=0)
     name: str = option("", "a human annotator's name; default: the login name")
+    rankings: str = option("", "files of people's rankings, separated by commas: only train, and on these")
+    n_rankings: int = option(0, "train on so many rankings only; 0: on all", low=0)
+    n_for_people: int = option(200, "prompts in rank.html", low=1)
+    variant: str = option("", "a name for this reward model, reward-NAME.pt, beside others in the run folder")
     n_samples: int = option(4, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
     n_reward_layer: int = option(2, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
     epochs: int = option(4, "passes over the rankings", low=1)
-    batch_size: int = option(32, "prompts a step, over all processes, each with all its responses", low=1)
-    micro_batch_size: int = option(16, "prompts a process computes at once", low=1)
-    learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
+    micro_batch_size: int = option(16, "prompts a process computes at once, each with all its responses", low=1)
     muon_learning_rate: float = option(0.01, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
-    warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
-    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     val_share: float = option(0.15, "share of the ranked prompts held out to measure accuracy", low=0.001, high=0.5)
-    resume: bool = option(False, "go on with step train from reward.last.pt")
 
     def check(self):
         for step in self.steps.split(","):
@@ -64,9 +66,7 @@ class RewardConfig(RunConfig):
 
 def sample_responses(run, config, tokenizer):
     """K responses of the SFT model to each prompt reserved for comparisons; identical ones are merged."""
-    parent = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
-    model = LanguageModel(parent["model_config"]).to(run.device).eval()
-    model.load_state_dict(parent["model"])
+    model = restore(LanguageModel, load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash), run.device)
     records = [r for r in read_jsonl(run.path("prompts.jsonl")) if r.get("use", "compare") == "compare"]
     if not records:
         raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts to compare on: run python prepare.py with some")
@@ -85,12 +85,21 @@ def sample_responses(run, config, tokenizer):
                      temperature=config.temperature, seed=config.seed) for r in different]))
     samples = run.gather(samples)
     if run.main:
-        with open(run.path("samples.jsonl.tmp"), "w", encoding="utf-8", newline="\n") as f:
-            f.write(to_jsonl(samples))
-        run.publish("samples.jsonl")
-        print(f"sampled {K} responses to each of {len(samples):,} prompts ({run.elapsed():.0f} s)")
+        page = rank_page(samples[:config.n_for_people])
+        for name, text in (("samples.jsonl", to_jsonl(samples)), ("rank.html", page)):
+            write_file(run.path(name + ".tmp"), text)
+            run.publish(name)
+        print(f"sampled {K} responses to each of {len(samples):,} prompts ({run.elapsed():.0f} s); people can rank the "
+              f"first {min(len(samples), config.n_for_people)} in {run.path('rank.html')}")
         for response in samples[0]["responses"]:
             print(f"  {samples[0]['prompt']}  →  {response['text']}")
+
+
+def rank_page(samples):
+    """rank.html: the page of configs/rank.html with the samples in it. Every < is escaped, so that no response can end
+    the element that holds them."""
+    with open(beside("configs/rank.html"), encoding="utf-8") as f:
+        return f.read().replace("__SAMPLES__", json.dumps(samples, ensure_ascii=False).replace("<", "\\u003c"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,18 +134,30 @@ def parse_ranking(text, n):
     return groups
 
 
+def with_repeats(samples):
+    """(sample, is a repeat): about one in ten comes a second time, some prompts later, to measure self-consistency."""
+    queue = []
+    for i, sample in enumerate(samples):
+        queue.append((sample, False))
+        if i % 10 == 5:
+            queue.append((samples[i - 4], True))
+    return queue
+
+
 def human_annotator(samples, path, name):
     """Show each prompt with its responses in random order and take down the ranking; every line is saved at once."""
     done = {(r["id"], r["annotator"]) for r in (read_jsonl(path) if os.path.exists(path) else [])}
-    todo = [s for s in samples if (s["id"], name) not in done and len(s["responses"]) > 1]
+    todo = with_repeats([s for s in samples if (s["id"], name) not in done and len(s["responses"]) > 1])
     print(f"\n{name}: {len(todo)} prompts to rank. Order the responses from best to worst by helpfulness, accuracy\n"
-          "and safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, q stops; all is kept.")
-    i, saved = 0, []
+          "and safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, f flags a prompt that\n"
+          "nobody should train on, q stops; all is kept. Some prompts come twice.")
+    i, saved, flagged = 0, [], False
     while i < len(todo):
-        sample = todo[i]
+        sample, repeat = todo[i]
         responses = sample["responses"]
-        order = random.Random(f"{name} {sample['id']}").sample(range(len(responses)), len(responses))  # blind, shuffled
-        print(f"\n[{i + 1}/{len(todo)}]  {sample['prompt']}")
+        rng = random.Random(f"{name} {sample['id']} {repeat}")
+        order = rng.sample(range(len(responses)), len(responses))                            # blind and shuffled
+        print(f"\n[{i + 1}/{len(todo)}]  {sample['prompt']}" + "  (flagged)" * flagged)
         for shown, index in enumerate(order):
             print(f"   {shown}  {responses[index]['text']}" + ("" if responses[index]["ended"] else " […]"))
         started = time.time()
@@ -146,6 +167,9 @@ def human_annotator(samples, path, name):
             answer = "q"
         if answer == "q":
             break
+        if answer == "f":
+            flagged = not flagged
+            continue
         if answer == "u":
             if saved:
                 with open(path, "r+", encoding="utf-8") as f:
@@ -158,40 +182,117 @@ def human_annotator(samples, path, name):
             print(f"   {error}")
             continue
         line = make_ranking(sample, [[order[shown] for shown in group] for group in groups], name, order,
-                            time.time() - started, skipped=answer == "s")
+                            time.time() - started, skipped=answer == "s", flagged=flagged, repeat=repeat)
         with open(path, "a", encoding="utf-8", newline="\n") as f:
             f.seek(0, os.SEEK_END)
             saved.append(f.tell())
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
             os.fsync(f.fileno())
-        i += 1
+        i, flagged = i + 1, False
     print(f"\n{len(saved)} rankings added to {path}; the same command goes on where you stopped")
 
 
-def make_ranking(sample, ranking, annotator, order, seconds, skipped=False):
+def make_ranking(sample, ranking, annotator, order, seconds=0.0, skipped=False, flagged=False, repeat=False):
     """One line of rankings.jsonl: groups of indices into the responses, best first; a group of several is a tie."""
     return dict(id=sample["id"], prompt=sample["prompt"], responses=sample["responses"], ranking=ranking,
-                display_order=order, annotator=annotator, criteria=["helpfulness", "accuracy", "safety"],
-                skipped=skipped, seconds=round(seconds, 1), time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                display_order=order, annotator=annotator, criteria=CRITERIA, skipped=skipped, flagged=flagged,
+                repeat=repeat, seconds=round(seconds, 1), time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 schema=1)
+
+
+def simulate(samples, records, config):
+    """The simulated annotator's rankings of those samples whose prompts have a rubric."""
+    samples = [s for s in samples if s["id"] in records]
+    rng = np.random.default_rng((config.seed, 3))
+    return [make_ranking(sample, groups, "simulated", list(range(len(sample["responses"])))) for sample, groups in
+            zip(samples, simulated_annotator(samples, records, config.annotator_noise, rng))]
 
 
 def rank_responses(run, config):
     samples = read_jsonl(run.path("samples.jsonl"), "python reward.py --steps=sample")
     if config.annotator == "human":
         return human_annotator(samples, run.path("rankings.jsonl"), config.name or getpass.getuser())
-    records = {r["id"]: r for r in read_jsonl(run.path("prompts.jsonl")) if "rubric" in r}
-    samples = [s for s in samples if s["id"] in records]
-    if not samples:
+    rankings = simulate(samples, read_rubrics(run), config)
+    if not rankings:
         raise SystemExit("the simulated annotator ranks by rubrics, and no prompt has one: use --annotator=human")
-    rankings = [make_ranking(sample, groups, "simulated", list(range(len(sample["responses"]))), 0.0)
-                for sample, groups in zip(samples, simulated_annotator(samples, records, config.annotator_noise,
-                                                                       np.random.default_rng((config.seed, 3))))]
-    with open(run.path("rankings.jsonl.tmp"), "w", encoding="utf-8", newline="\n") as f:
-        f.write(to_jsonl(rankings))
+    write_file(run.path("rankings.jsonl.tmp"), to_jsonl(rankings))
     run.publish("rankings.jsonl")
     print(f"a simulated annotator (noise {config.annotator_noise}) ranked the responses to {len(rankings):,} prompts")
+
+
+def read_rubrics(run):
+    return {r["id"]: r for r in read_jsonl(run.path("prompts.jsonl")) if "rubric" in r}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading rankings, and how well annotators agree
+
+def fault(line, vocabulary):
+    """What is wrong with a line of a rankings file, or "" if it can be used."""
+    try:
+        r = json.loads(line)
+        responses, ranking = r["responses"], r["ranking"]
+        if not all(isinstance(r[key], str) for key in ("id", "prompt", "annotator")):
+            return "id, prompt and annotator must be text"
+        if not all(isinstance(x["text"], str) and x["tokens"] and
+                   all(type(t) is int and 0 <= t < vocabulary for t in x["tokens"]) for x in responses):
+            return "a response without text, or with tokens that this tokenizer does not have"
+        if not r.get("skipped") and sorted(i for group in ranking for i in group) != list(range(len(responses))):
+            return "the ranking does not name each response once"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"no ranking ({type(error).__name__}: {error})"
+    return ""
+
+
+def read_rankings(paths, tokenizer):
+    """The usable lines of all files; malformed ones are dropped, each named with what is wrong."""
+    rankings = []
+    for path in paths:
+        with open(need(path, "python reward.py --steps=sample,rank"), encoding="utf-8", errors="replace") as f:
+            for number, line in enumerate(f, 1):
+                if wrong := fault(line, tokenizer.size):
+                    print(f"{path}, line {number}: dropped, {wrong}")
+                else:
+                    rankings.append(json.loads(line))
+    return rankings
+
+
+def preferences(ranking):
+    """{(i, j): whether i was ranked above j} for the pairs i < j that are not tied."""
+    place = {i: rank for rank, group in enumerate(ranking["ranking"]) for i in group}
+    return {(i, j): place[i] < place[j] for i, j in combinations(sorted(place), 2) if place[i] != place[j]}
+
+
+def agreement(some, others):
+    """Share of the pairs ordered by both that are ordered alike, and their number. some, others: lists of rankings,
+    matched by prompt and responses; pairs that either has tied are left out (Ouyang et al. 2022, 3.4)."""
+    def key(r):
+        return r["id"], *(x["text"] for x in r["responses"])
+
+    known, alike = {key(r): preferences(r) for r in others}, []
+    for r in some:
+        theirs = known.get(key(r), {})
+        alike += [first == theirs[pair] for pair, first in preferences(r).items() if pair in theirs]
+    return (float(np.mean(alike)) if alike else float("nan")), len(alike)
+
+
+def report_agreement(rankings, simulated):
+    """Print how well each two annotators agree, and each with himself on prompts that came twice."""
+    by = {}
+    for r in rankings:
+        by.setdefault(r["annotator"], []).append(r)
+    if list(by) == ["simulated"]:
+        return
+    first = {name: [r for r in some if not r.get("repeat")] for name, some in by.items()}
+    first.setdefault("simulated", simulated)
+    for a, b in combinations(sorted(first), 2):
+        share, n = agreement(first[a], first[b])
+        print(f"  {a} and {b}: agree on {share:.1%} of {n} pairs" if n else f"  {a} and {b}: no pair in common")
+    for name, some in by.items():
+        share, n = agreement([r for r in some if r.get("repeat")], first[name])
+        if n:
+            print(f"  {name} when asked twice: the same for {share:.1%} of {n} pairs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +327,12 @@ def make_batch(rankings, tokenizer, device):
     return pad(sequences).to(device), lengths.to(device), torch.tensor(ranks, device=device)
 
 
+def batch_loss(model, rankings, tokenizer, device):
+    """Σ ranking_loss over some prompts."""
+    tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
+    return ranking_loss(last_token_score(model, tokens, lengths).view(ranks.shape), ranks).sum()
+
+
 @torch.no_grad()
 def score_all(model, rankings, tokenizer, run):
     """The scores of all responses, a list for each prompt; shared among the processes."""
@@ -240,23 +347,61 @@ def score_all(model, rankings, tokenizer, run):
     return run.gather(scores)
 
 
-def accuracies(rankings, scores, records):
-    """Share of pairs that the reward model orders as the annotator did, and as the rubric without noise does; the
-    latter also for the pairs that differ in one of the three criteria."""
-    hits = defaultdict(list)
+def all_pairs(rankings, scores, records):
+    """Every two responses to one prompt, as columns: margin r_i - r_j; preferred, 1, 0 (tied) or -1; and how far apart
+    the rubric without noise puts them, in gold and in each criterion (0 without a rubric)."""
+    rows = []
     for r, s in zip(rankings, scores):
-        place = {i: rank for rank, group in enumerate(r["ranking"]) for i in group}
-        record = records.get(r["id"])
+        above, record = preferences(r), records.get(r["id"])
         verdicts = [judge(record, x["text"], x["ended"]) for x in r["responses"]] if record else None
-        for i in range(len(s)):
-            for j in range(i):
-                if place.get(i, 0) != place.get(j, 0):
-                    hits["accuracy"].append((s[i] - s[j]) * (place[j] - place[i]) > 0)
-                for name in ("gold", "helpfulness", "accuracy", "safety") if verdicts else ():
-                    a, b = verdicts[i][name], verdicts[j][name]
-                    if abs(a - b) > 1e-9:
-                        hits["accuracy_" + name].append((s[i] - s[j]) * (a - b) > 0)
-    return {name: round(float(np.mean(values)), 4) for name, values in sorted(hits.items())}
+        for i, j in combinations(range(len(s)), 2):
+            gaps = [verdicts[i][c] - verdicts[j][c] if verdicts else 0.0 for c in ("gold", *CRITERIA)]
+            rows.append([s[i] - s[j], 2 * above[i, j] - 1 if (i, j) in above else 0, *gaps])
+    return dict(zip(("margin", "preferred", "gold", *CRITERIA), np.array(rows, float).reshape(-1, 6).T))
+
+
+def accuracies(pairs):
+    """Share of pairs that the reward model orders as the annotator did, and as the rubric without noise does, the
+    latter also for pairs that differ in one of the criteria. Strict: equal scores are an error."""
+    figures = {}
+    for name, column in (("accuracy", "preferred"), *(("accuracy_" + c, c) for c in ("gold", *CRITERIA))):
+        apart = np.abs(pairs[column]) > 1e-9
+        if apart.any():
+            figures[name] = round(float((pairs["margin"] * pairs[column] > 0)[apart].mean()), 4)
+    return figures
+
+
+def inspect(pairs):
+    """What to know of a reward model besides its accuracy, on held-out pairs: accuracy by the size of the gap in gold;
+    calibration, the probability σ(r_i - r_j) that it gives to the better-scored of two against the share that the
+    annotator preferred; and the ceiling, the share of pairs on which the annotator himself agrees with the rubric."""
+    margin, gold, preferred = np.abs(pairs["margin"]), np.abs(pairs["gold"]), pairs["preferred"]
+    right, figures = pairs["margin"] * pairs["gold"] > 0, dict(accuracy_by_gap={}, calibration=[])
+    for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 9)):
+        chosen = (gold > low + 1e-9) & (gold <= high + 1e-9)
+        if chosen.any():
+            figures["accuracy_by_gap"][f"{low}–{high}"] = [round(float(right[chosen].mean()), 4), int(chosen.sum())]
+    predicted, ordered = 1 / (1 + np.exp(-margin)), preferred != 0
+    agreed, tenth = np.sign(pairs["margin"]) == preferred, np.minimum((10 * predicted).astype(int), 9)
+    for t in range(5, 10):  # predictions of .5–.6, .6–.7, …
+        chosen = ordered & (tenth == t)
+        if chosen.any():
+            figures["calibration"].append([round(float(x[chosen].mean()), 4) for x in (predicted, agreed)] +
+                                          [int(chosen.sum())])
+    both = ordered & (gold > 1e-9)
+    if both.any():
+        figures["ceiling"] = round(float((pairs["gold"] * preferred > 0)[both].mean()), 4)
+    return figures
+
+
+def split_by_prompt(rankings, config):
+    """(train, held out): all rankings of a prompt stand on one side, so no held-out prompt has been seen; the first
+    n_rankings of the training side are used, and the held-out side is the same whatever their number."""
+    ids = sorted({r["id"] for r in rankings})
+    random.Random(config.seed).shuffle(ids)
+    place, n_held_out = {key: i for i, key in enumerate(ids)}, max(1, round(len(ids) * config.val_share))
+    train = sorted((r for r in rankings if place[r["id"]] >= n_held_out), key=lambda r: place[r["id"]])
+    return train[:config.n_rankings or None], [r for r in rankings if place[r["id"]] < n_held_out]
 
 
 def train_reward_model(run, config, tokenizer):
@@ -265,13 +410,13 @@ def train_reward_model(run, config, tokenizer):
         raise SystemExit(f"--n_reward_layer={config.n_reward_layer}: the SFT model has only "
                          f"{parent['model_config'].n_layer} blocks to start from")
     model_config = replace(parent["model_config"], n_layer=config.n_reward_layer)
-    rankings = [r for r in read_jsonl(run.path("rankings.jsonl"), "python reward.py --steps=sample,rank")
-                if len(r["ranking"]) > 1 and (config.annotator == "simulated" or r["annotator"] != "simulated")]
-    records = {r["id"]: r for r in read_jsonl(run.path("prompts.jsonl")) if "rubric" in r}
-    ids = sorted({r["id"] for r in rankings})
-    random.Random(config.seed).shuffle(ids)  # held out by prompt: no response to a held-out prompt is trained on
-    held_out = set(ids[:max(1, round(len(ids) * config.val_share))])
-    train, val = [r for r in rankings if r["id"] not in held_out], [r for r in rankings if r["id"] in held_out]
+    paths = [path.strip() for path in config.rankings.split(",")] if config.rankings else [run.path("rankings.jsonl")]
+    people, records = bool(config.rankings) or config.annotator == "human", read_rubrics(run)
+    rankings = [r for r in read_rankings(paths, tokenizer) if not people or r["annotator"] != "simulated"]
+    if run.main and people:
+        report_agreement(rankings, simulate(list({r["id"]: r for r in rankings}.values()), records, config))
+    rankings = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
+    train, val = split_by_prompt(rankings, config)
     if not train:
         raise SystemExit(f"{len(rankings)} rankings with a preference in them are too few: rank more prompts first")
 
@@ -282,16 +427,13 @@ def train_reward_model(run, config, tokenizer):
     model = ScalarModel(model_config).to(run.device)
     model.adopt(parent["model"])
     optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
-    step = run.start(model, optimizer, tokenizer.hash)["step"]
+    step = run.start(tokenizer, "sft: sft.pt", model=model, optimizer=optimizer)["step"]
     trained = run.wrap(model)
     if run.main:
-        who = sorted({r["annotator"] for r in rankings})
-        print(f"{len(train):,} rankings to learn from, {len(val):,} held out, by {', '.join(who)}; reward model of "
+        who = ", ".join(sorted({r["annotator"] for r in rankings}))
+        print(f"{len(train):,} rankings to learn from, {len(val):,} held out, by {who}; reward model of "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.n_reward_layer} of "
               f"{parent['model_config'].n_layer} blocks")
-
-    def save(name, **more):
-        run.save(name, model, optimizer, step=step, best=None, tokenizer=tokenizer.hash, parent="sft: sft.pt", **more)
 
     while step < steps:
         epoch, index = divmod(step, steps_per_epoch)
@@ -305,15 +447,14 @@ def train_reward_model(run, config, tokenizer):
         if step % 40 == 0 or step == 1:
             run.log(step, f"step {step:4}/{steps}  loss {loss:.4f}", loss=loss)
         if step % steps_per_epoch == 0 or stop:
-            figures = accuracies(val, score_all(model, val, tokenizer, run), records)
+            figures = accuracies(all_pairs(val, score_all(model, val, tokenizer, run), records))
             run.log(step, f"step {step:4}/{steps}  held out: " + "  ".join(
                 f"{k.replace('_', ' by ')} {v:.3f}" for k, v in figures.items()), **figures)
-            save("reward.last.pt")
+            run.save(f"{run.stage}.last.pt", step)
         if stop and step < steps:
-            run.stopped("reward.last.pt")
+            run.stopped(f"{run.stage}.last.pt")
 
-    figures = accuracies(val, score_all(model, val, tokenizer, run), records)
-
+    pairs = all_pairs(val, score_all(model, val, tokenizer, run), records)
     # Only differences of scores have meaning so far. Shift and scale them to mean 0 and standard deviation 1 over the
     # SFT model's samples, so that PPO's KL coefficient means the same for every reward model (Stiennon et al. 2020).
     scores = np.concatenate([np.array(s) for s in score_all(model, train, tokenizer, run)])
@@ -321,27 +462,28 @@ def train_reward_model(run, config, tokenizer):
     with torch.no_grad():
         model.score.weight.div_(std)
         model.score.bias.sub_(mean).div_(std)
-    save("reward.pt", score_mean=mean, score_std=std)
+    run.save(f"{run.stage}.pt", step, score_mean=mean, score_std=std)
     if run.main:
         tokens = [len(x["tokens"]) for r in train for x in r["responses"]]
+        figures = dict(accuracies(pairs), **inspect(pairs), n=len(val), pairs=len(pairs["gold"]), rankings=len(train),
+                       annotators=who, seconds=round(run.elapsed(), 1))
         figures["length_correlation"] = round(float(np.corrcoef(scores, tokens)[0, 1]), 4) if np.std(tokens) else 0.0
-        update_scorecard(config.out_dir, "reward", dict(figures, n=len(val), rankings=len(train),
-                                                        seconds=round(run.elapsed(), 1)))
+        update_scorecard(config.out_dir, run.stage, figures)
+        print("held-out pairs, by the gap of their rubric scores: " + ", ".join(
+            f"{gap} {share:.1%} of {n}" for gap, (share, n) in figures["accuracy_by_gap"].items()))
+        print("calibration, predicted → preferred: " + ", ".join(
+            f"{p:.2f} → {q:.2f}" for p, q, _ in figures["calibration"])
+            + f"; the annotator agrees with the rubric on {figures.get('ceiling', np.nan):.1%}")
         print(f"scores normalised (mean {mean:.2f}, standard deviation {std:.2f} before); correlation with length "
               f"{figures['length_correlation']:.2f}; next: python ppo.py")
-
-
-def batch_loss(model, rankings, tokenizer, device):
-    """Σ ranking_loss over some prompts."""
-    tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
-    return ranking_loss(last_token_score(model, tokens, lengths).view(ranks.shape), ranks).sum()
 
 
 def main():
     config = load_config(RewardConfig, __doc__)
     with Run(config, "reward") as run:
         tokenizer = load_tokenizer(config.out_dir)
-        for step in config.steps.split(",") if not config.resume else ("train",):
+        steps = config.steps.split(",") if not (config.resume or config.rankings) else ("train",)
+        for step in steps:
             if step == "sample":
                 sample_responses(run, config, tokenizer)
             elif step == "rank" and run.main:

@@ -6,21 +6,26 @@
     python sample.py --compare                                    the same held-out prompts through every stage, with
                                                                   the reward model's and the rubric's score of each
                                                                   answer; the scorecard; report.html
+    python sample.py --compare --best_of=16                       … and the SFT model's best of 16 by the reward model
+    python sample.py --overoptimize=weak,strong                   how far the score of a reward model can be trusted
 
-It changes nothing but report.html.
+It changes nothing but report.html, and the scorecard's row of best-of-n.
 """
 
 import codecs
 import html
 import json
+import math
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from model import (LanguageModel, Run, RunConfig, ScalarModel, generate, load_checkpoint, load_config, option,
-                   write_file)
-from prepare import (load_tokenizer, prompt_ids, read_jsonl, render, respond, rubric_score, scorecard_table)
+from model import (LanguageModel, Run, RunConfig, ScalarModel, generate, load_checkpoint, load_config, option, pad,
+                   restore, write_file)
+from prepare import (held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl, read_scorecard, render, respond,
+                     rubric_score, scorecard_table, update_scorecard)
 
 STAGES = dict(pretrain="pretrain.py", sft="sft.py", ppo="ppo.py")
 
@@ -33,6 +38,10 @@ class SampleConfig(RunConfig):
     next: str = option("", "show the most probable next tokens after this text and exit")
     compare: bool = option(False, "show all stages side by side and write report.html")
     n_compare: int = option(8, "prompts to compare on", low=1)
+    best_of: int = option(0, "the response that the reward model likes best of so many; 0: the first", low=0)
+    variant: str = option("", "the reward model to use: reward-NAME.pt")
+    overoptimize: str = option("", "variants of reward.py and ppo.py whose over-optimisation to measure and draw")
+    n_overoptimize: int = option(128, "responses per prompt for its best-of-n", low=2)
     temperature: float = option(1.0, "0: always the likeliest token", low=0)
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: from all", low=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", low=0.001, high=1)
@@ -41,10 +50,34 @@ class SampleConfig(RunConfig):
 def load_model(run, tokenizer, stage):
     """The language model of a stage (or of a file), ready to generate."""
     path = stage if stage.endswith(".pt") else run.path(stage + ".pt")
-    checkpoint = load_checkpoint(path, f"python {STAGES.get(stage, 'pretrain.py')}", tokenizer.hash)
-    model = LanguageModel(checkpoint["model_config"]).to(run.device).eval()
-    model.load_state_dict(checkpoint["model"])
-    return model
+    checkpoint = load_checkpoint(path, f"python {STAGES.get(stage, 'ppo.py')}", tokenizer.hash)
+    return restore(LanguageModel, checkpoint, run.device).eval()
+
+
+def load_reward_model(run, tokenizer, variant=""):
+    name = f"reward-{variant}.pt" if variant else "reward.pt"
+    command = "python reward.py" + (f" --variant={variant}" if variant else "")
+    return restore(ScalarModel, load_checkpoint(run.path(name), command, tokenizer.hash), run.device).eval()
+
+
+@torch.no_grad()
+def proxy_scores(reward_model, tokenizer, records, responses):
+    """The reward model's score of each response (a list of ids) to its record's prompt."""
+    scores = []
+    for i in range(0, len(records), 256):
+        whole = [prompt_ids(tokenizer, r["prompt"]) + ids for r, ids in zip(records[i:i + 256], responses[i:i + 256])]
+        device = reward_model.score.weight.device
+        last = torch.tensor([[len(ids) - 1] for ids in whole], device=device)
+        scores += reward_model(pad(whole).to(device)).gather(1, last).squeeze(1).tolist()
+    return scores
+
+
+def best_of(model, reward_model, tokenizer, records, run, n, key):
+    """For each record the one of n responses of the model that the reward model likes best."""
+    many = [record for record in records for _ in range(n)]
+    responses = respond(model, tokenizer, many, run, key, run.config.temperature)
+    scores = proxy_scores(reward_model, tokenizer, many, responses)
+    return [max(zip(scores[i:i + n], responses[i:i + n]))[1] for i in range(0, len(many), n)]
 
 
 def newest_stage(run, default=""):
@@ -104,6 +137,20 @@ def chat(run, tokenizer, model):
         turn += 1
 
 
+def answer(run, tokenizer, stage):
+    """One answer to --prompt, or the best of several; a base model continues the text, for it knows no chat."""
+    config, model = run.config, load_model(run, tokenizer, stage)
+    if config.best_of:
+        reward_model = load_reward_model(run, tokenizer, config.variant)
+        ids = best_of(model, reward_model, tokenizer, [dict(prompt=config.prompt)], run, config.best_of, 0)[0]
+        print(tokenizer.text(ids))
+    elif stage == "pretrain":
+        print(config.prompt, end="")
+        stream(run, tokenizer, model, [tokenizer.end_of_text] + tokenizer.encode(config.prompt), 0)
+    else:
+        stream(run, tokenizer, model, prompt_ids(tokenizer, config.prompt), 0)
+
+
 def compare(run, tokenizer):
     """The same held-out prompts through all stages: rows of (prompt, [(stage, text, proxy score, gold score)])."""
     records, kinds = [], {}
@@ -111,27 +158,96 @@ def compare(run, tokenizer):
         kinds.setdefault(record.get("kind"), []).append(record)
     while len(records) < run.config.n_compare and any(kinds.values()):
         records += [some.pop(0) for some in kinds.values() if some]
-    records, reward_model = records[:run.config.n_compare], None
-    if os.path.exists(run.path("reward.pt")):
-        checkpoint = load_checkpoint(run.path("reward.pt"), "python reward.py", tokenizer.hash)
-        reward_model = ScalarModel(checkpoint["model_config"]).to(run.device).eval()
-        reward_model.load_state_dict(checkpoint["model"])
+    records, n = records[:run.config.n_compare], run.config.best_of
+    has_reward = run.config.variant or os.path.exists(run.path("reward.pt"))
+    reward_model = load_reward_model(run, tokenizer, run.config.variant) if has_reward else None
+    answers = {stage: respond(load_model(run, tokenizer, stage), tokenizer, records, run, 9, run.config.temperature)
+               for stage in STAGES if os.path.exists(run.path(stage + ".pt"))}
+    if n and reward_model:
+        sft, held_out = load_model(run, tokenizer, "sft"), held_out_prompts(run.config.out_dir)
+        answers[f"best-of-{n}"] = best_of(sft, reward_model, tokenizer, records, run, n, 9)
+        figures = measure(tokenizer, held_out, best_of(sft, reward_model, tokenizer, held_out, run, n, 1))
+        update_scorecard(run.config.out_dir, f"best-of-{n}", dict(figures, kl=round(best_of_n_kl(n), 3)))
     rows = [(record["prompt"], []) for record in records]
-    for stage in STAGES:
-        if not os.path.exists(run.path(stage + ".pt")):
-            continue
-        responses = respond(load_model(run, tokenizer, stage), tokenizer, records, run, 9, run.config.temperature)
-        for (_, answers), record, (text, ended) in zip(rows, records, responses):
-            ids = prompt_ids(tokenizer, record["prompt"]) + tokenizer.encode(text) + [tokenizer.end] * ended
-            with torch.no_grad():
-                proxy = reward_model(torch.tensor([ids], device=run.device))[0, -1].item() if reward_model else None
+    for stage, responses in answers.items():
+        proxies = proxy_scores(reward_model, tokenizer, records, responses) if reward_model else [None] * len(records)
+        for (_, shown), record, ids, proxy in zip(rows, records, responses, proxies):
+            text, ended = tokenizer.text(ids), tokenizer.end in ids
             gold = rubric_score(record, text, ended) if "rubric" in record else None
-            answers.append((stage, text + "" if ended else text + " […]", proxy, gold))
+            shown.append((stage, text if ended else text + " […]", proxy, gold))
     return rows
+
+
+def show_comparison(run, tokenizer):
+    rows = compare(run, tokenizer)
+    for prompt, answers in rows:
+        print("\n" + prompt)
+        for stage, text, proxy, gold in answers:
+            print(f"  {stage:10} reward {number(proxy)}  rubric {number(gold)}   {text!r}")
+    card = read_scorecard(run.config.out_dir)
+    print("\n" + scorecard_table(card))
+    write_report(run, rows, card)
+    print(f"curves and samples: {run.path('report.html')}")
 
 
 def number(x):
     return "     –" if x is None else f"{x:6.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over-optimisation: what the reward model promises (proxy) and what the rubric says (gold), over the distance from the
+# SFT model, d = √KL (Gao et al. 2022)
+
+def best_of_n_kl(n):
+    """KL of best-of-n to the model that it samples from, in nats: log n - (n - 1)/n (Stiennon et al. 2020, G.3)."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_means(proxy, values, n):
+    """Expected value of the best of n by proxy, from N ≥ n samples a prompt, without bias (Nakano et al. 2021, I).
+
+    proxy, values (prompts, N). The i-th sample from the worst is the best of a random n of the N with probability
+    C(i - 1, n - 1) / C(N, n)."""
+    N = proxy.shape[1]
+    weight = np.array([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
+    return float((np.take_along_axis(values, proxy.argsort(1), 1) * weight).sum(1).mean())
+
+
+def fit_gold(d, gold, kind):
+    """Least squares for Gao et al.'s forms, with gold(0) as a third coefficient: gold(0) + d (α - β d) for best-of-n,
+    gold(0) + d (α - β log d) for reinforcement learning. Returns the coefficients and the fitted values."""
+    bend = d * d if kind == "best-of-n" else d * np.log(np.maximum(d, 1e-9))
+    terms = np.stack([np.ones_like(d), d, -bend], 1)
+    coefficients = np.linalg.lstsq(terms, gold, rcond=None)[0]
+    return coefficients, terms @ coefficients
+
+
+def overoptimization(run, tokenizer, variants):
+    """Curves (variant, method) → rows of dict(d, proxy, gold, fit), and a line on each."""
+    sft, N = load_model(run, tokenizer, "sft"), run.config.n_overoptimize
+    records = [r for r in held_out_prompts(run.config.out_dir) for _ in range(N)][:100 * N]
+    responses = respond(sft, tokenizer, records, run, 10)
+    gold = np.array([rubric_score(r, tokenizer.text(ids), tokenizer.end in ids) for r, ids in zip(records, responses)])
+    log, curves, ns = read_log(run.path("log.jsonl")), {}, [2 ** i for i in range(N.bit_length()) if 2 ** i <= N]
+    for variant in variants:
+        proxy = np.array(proxy_scores(load_reward_model(run, tokenizer, variant), tokenizer, records, responses))
+        proxy, values = proxy.reshape(-1, N), gold.reshape(-1, N)
+        curves[variant, "best-of-n"] = [dict(d=best_of_n_kl(n) ** 0.5, proxy=best_of_n_means(proxy, proxy, n),
+                                             gold=best_of_n_means(proxy, values, n)) for n in ns]
+        curves[variant, "PPO"] = sorted((dict(d=max(0.0, r["kl"]) ** 0.5, proxy=r["reward"], gold=r["gold"])
+                                         for r in log.get(f"ppo-{variant}", []) if "gold" in r), key=lambda r: r["d"])
+    for (variant, method), rows in curves.items():
+        if len(rows) < 3:
+            raise SystemExit(f"log.jsonl has no run of PPO on {variant}: run python ppo.py --variant={variant} first")
+        d, values = (np.array([r[name] for r in rows]) for name in ("d", "gold"))
+        (start, alpha, beta), fit = fit_gold(d, values, method)
+        for row, value in zip(rows, fit):
+            row["fit"] = float(value)
+        smooth = values if method == "best-of-n" else np.convolve(values, np.ones(9) / 9, "valid")
+        print(f"{variant:8} {method:9}  d to {d.max():.1f}  proxy {rows[0]['proxy']:.2f} → {rows[-1]['proxy']:.2f}  "
+              f"gold {smooth[0]:.2f}, at most {smooth.max():.2f}, at the end {smooth[-1]:.2f}  "
+              f"fit {start:.2f} + d ({alpha:.2f} - {beta:.2f} {'d' if method == 'best-of-n' else 'log d'})")
+    return curves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,9 +264,9 @@ def read_log(path):
     return log
 
 
-def chart(title, records, *names):
-    """Some figures over the steps as a line chart in SVG, each line labelled with its name and last value."""
-    curves = {n: [(r["step"], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
+def chart(title, records, *names, x="step"):
+    """Some figures over x as a line chart in SVG, each line labelled with its name and last value."""
+    curves = {n: [(r[x], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
     points = [p for curve in curves.values() for p in curve]
     if len(points) < 2:
         return ""
@@ -160,15 +276,25 @@ def chart(title, records, *names):
              f'<rect width="{w}" height="{h}" fill="none" stroke="#ccc"/>'
              f'<text x="-6" y="10" text-anchor="end">{y1:.3g}</text>'
              f'<text x="-6" y="{h}" text-anchor="end">{y0:.3g}</text>'
-             f'<text x="{w}" y="{h + 16}" text-anchor="end">step {x1}</text>']
+             f'<text x="{w}" y="{h + 16}" text-anchor="end">{html.escape(x)} {x1:.3g}</text>']
     for i, (name, curve) in enumerate((n, c) for n, c in curves.items() if c):
         colour = ("#06c", "#c40", "#283", "#939")[i % 4]
-        path = " ".join(f"{w * (x - x0) / max(1, x1 - x0):.1f},{h - h * (y - y0) / max(1e-9, y1 - y0):.1f}"
+        path = " ".join(f"{w * (x - x0) / max(1e-9, x1 - x0):.1f},{h - h * (y - y0) / max(1e-9, y1 - y0):.1f}"
                         for x, y in curve)
         label = f"{name.replace('_', ' ')} {curve[-1][1]:.3g}"
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
                      f'<text x="{w + 8}" y="{14 + 18 * i}" fill="{colour}">{label}</text>')
-    return f'<svg viewBox="-60 -28 620 204" width="620" height="204">{"".join(lines)}</svg>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-60 -28 620 204" width="620" height="204" '
+            f'font-family="sans-serif" font-size="12">{"".join(lines)}</svg>')
+
+
+def draw_overoptimization(curves):
+    """One SVG of a chart for each curve, below one another."""
+    charts = [chart(f"{variant} reward model, {method}, over d = √KL", rows, "proxy", "gold", "fit", x="d")
+              for (variant, method), rows in curves.items()]
+    placed = "".join(c.replace("<svg ", f'<svg y="{204 * i}" ', 1) for i, c in enumerate(charts))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="620" height="{204 * len(charts)}">'
+            f'<rect width="100%" height="100%" fill="white"/>{placed}</svg>')
 
 
 def write_report(run, rows, card):
@@ -180,12 +306,18 @@ def write_report(run, rows, card):
               chart("Reward model: held-out accuracy", log.get("reward", []), "accuracy", "accuracy_gold",
                     "accuracy_accuracy", "accuracy_safety"),
               chart("PPO: learned reward (proxy) and rubric score (gold)", log.get("ppo", []), "reward", "gold"),
-              chart("PPO: KL to the SFT model, nats a response", log.get("ppo", []), "kl", "entropy")]
+              chart("PPO: KL to the SFT model, nats a response", log.get("ppo", []), "kl", "entropy"),
+              chart("Reward models: held-out accuracy over comparisons", sorted(
+                  (f for stage, f in card.items() if stage.startswith("reward")), key=lambda f: f["rankings"]),
+                  "accuracy", "accuracy_gold", x="rankings")]
     samples = "".join(
         f"<h3>{html.escape(prompt)}</h3><table><tr><th>stage<th>response<th>reward model<th>rubric</tr>" + "".join(
             f"<tr><td>{stage}<td>{html.escape(text)}<td>{number(proxy)}<td>{number(gold)}</tr>"
             for stage, text, proxy, gold in answers) + "</table>" for prompt, answers in rows)
-    other = {stage: figures for stage, figures in card.items() if stage in ("prepare", "reward")}
+    other = {stage: figures for stage, figures in card.items() if "gold" not in figures}
+    if os.path.exists(run.path("overoptimize.svg")):
+        with open(run.path("overoptimize.svg"), encoding="utf-8") as f:
+            charts += ["<h2>Over-optimisation</h2>", f.read()]
     title = html.escape(run.config.out_dir)
     write_file(run.path("report.html"), f"""<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }}
@@ -202,32 +334,18 @@ def main():
     config = load_config(SampleConfig, __doc__)
     with Run(config, "sample", graceful=False) as run:
         tokenizer = load_tokenizer(config.out_dir)
+        if config.overoptimize:
+            curves = overoptimization(run, tokenizer, config.overoptimize.split(","))
+            write_file(run.path("overoptimize.svg"), draw_overoptimization(curves))
+            print(f"drawn in {run.path('overoptimize.svg')}")
         if config.compare:
-            rows = compare(run, tokenizer)
-            for prompt, answers in rows:
-                print("\n" + prompt)
-                for stage, text, proxy, gold in answers:
-                    print(f"  {stage:9} reward {number(proxy)}  rubric {number(gold)}   {text!r}")
-            card = {}
-            if os.path.exists(run.path("scorecard.json")):
-                with open(run.path("scorecard.json"), encoding="utf-8") as f:
-                    card = json.load(f)
-            print("\n" + scorecard_table(card))
-            write_report(run, rows, card)
-            print(f"curves and samples: {run.path('report.html')}")
+            show_comparison(run, tokenizer)
         elif config.next:
-            stage = newest_stage(run, "pretrain")
-            show_next(run, tokenizer, load_model(run, tokenizer, stage), config.next)
-        else:
-            stage = newest_stage(run)
-            model = load_model(run, tokenizer, stage)
-            if not config.prompt:
-                chat(run, tokenizer, model)
-            elif stage == "pretrain":  # a base model continues; it knows no chat
-                print(config.prompt, end="")
-                stream(run, tokenizer, model, [tokenizer.end_of_text] + tokenizer.encode(config.prompt), 0)
-            else:
-                stream(run, tokenizer, model, prompt_ids(tokenizer, config.prompt), 0)
+            show_next(run, tokenizer, load_model(run, tokenizer, newest_stage(run, "pretrain")), config.next)
+        elif config.prompt:
+            answer(run, tokenizer, newest_stage(run))
+        elif not config.overoptimize:
+            chat(run, tokenizer, load_model(run, tokenizer, newest_stage(run)))
 
 
 if __name__ == "__main__":

@@ -15,24 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (IGNORE, LanguageModel, Optimizers, Run, RunConfig, epoch_batches, learning_rate_factor,
-                   load_checkpoint, load_config, option, pad)
+from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, epoch_batches, learning_rate_factor,
+                   load_checkpoint, load_config, option, pad, restore)
 from prepare import load_tokenizer, read_jsonl, render, scorecard
 
 
 @dataclass
-class SFTConfig(RunConfig):
+class SFTConfig(TrainConfig):
     table = "sft"
     epochs: int = option(6, "passes over the demonstrations", low=1)
-    batch_size: int = option(32, "conversations a step, over all processes", low=1)
-    micro_batch_size: int = option(32, "conversations a process computes at once", low=1)
-    learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
-    muon_learning_rate: float = option(0.0, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
-    weight_decay: float = option(0.0, "decay of the matrices", low=0)
-    warmup_steps: int = option(10, "steps of linear warm-up; afterwards linear decay to 0", low=0)
-    gradient_clip: float = option(1.0, "largest norm of the gradient", low=1e-9)
     val_share: float = option(0.1, "share of the demonstrations held out for validation", low=0.001, high=0.5)
-    resume: bool = option(False, "go on from sft.last.pt")
 
 
 def make_example(tokenizer, messages):
@@ -66,30 +58,25 @@ def main():
     with Run(config, "sft") as run:
         tokenizer = load_tokenizer(config.out_dir)
         parent = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py", tokenizer.hash)
-        model_config = parent["model_config"]
+        block_size = parent["model_config"].block_size
         made = [make_example(tokenizer, record["messages"]) for record in read_jsonl(run.path("sft.jsonl"))]
-        examples = [e for e in made if len(e[0]) <= model_config.block_size]
+        examples = [e for e in made if len(e[0]) <= block_size]
         if len(examples) < max(2, len(made) / 2):
             raise SystemExit(f"{len(made) - len(examples)} of {len(made)} conversations are longer than the context of "
-                             f"{model_config.block_size} tokens: pretrain with a larger --block_size")
+                             f"{block_size} tokens: pretrain with a larger --block_size")
         n_val = max(1, round(len(examples) * config.val_share))
         validation, examples = examples[:n_val], examples[n_val:]
         lengths, steps_per_epoch = [len(ids) for ids, _ in examples], math.ceil(len(examples) / config.batch_size)
 
-        model = LanguageModel(model_config).to(run.device)
-        model.load_state_dict(parent["model"])
+        model = restore(LanguageModel, parent, run.device)
         optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
-        checkpoint = run.start(model, optimizer, tokenizer.hash)
+        checkpoint = run.start(tokenizer, "pretrain: pretrain.pt", model=model, optimizer=optimizer)
         step, best, steps = checkpoint["step"], checkpoint["best"], config.epochs * steps_per_epoch
         trained = run.wrap(model)
         if run.main:
             n_targets = sum(t != IGNORE for _, targets in examples for t in targets)
             print(f"{len(examples)} conversations to learn from, {n_val} held out, {len(made) - len(examples) - n_val} "
                   f"too long; {n_targets:,} of {sum(lengths):,} tokens are the assistant's")
-
-        def save(name):
-            run.save(name, model, optimizer, step=step, best=best, tokenizer=tokenizer.hash,
-                     parent="pretrain: pretrain.pt")
 
         while step < steps:
             epoch, index = divmod(step, steps_per_epoch)
@@ -110,8 +97,8 @@ def main():
                         val_loss=val)
                 if val < best and step % steps_per_epoch == 0:  # not when stopped in between
                     best = val
-                    save("sft.pt")
-                save("sft.last.pt")
+                    run.save("sft.pt", step, best)
+                run.save("sft.last.pt", step, best)
             if stop and step < steps:
                 run.stopped("sft.last.pt")
 

@@ -15,7 +15,7 @@ import sft
 from model import IGNORE, LanguageModel, ModelConfig, Optimizers, ScalarModel, generate, learning_rate_factor, pad
 from ppo import gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from prepare import Tokenizer, prompt_ids, rubric_score
-from reward import accuracies, group_ties, last_token_score, parse_ranking, ranking_loss, simulated_annotator
+from reward import accuracies, all_pairs, group_ties, last_token_score, parse_ranking, ranking_loss, simulated_annotator
 
 torch.manual_seed(0)
 
@@ -290,10 +290,10 @@ def test_accuracies_by_hand():
     record = dict(id="a", rubric=RUBRIC)
     assert [rubric_score(record, t, True) for t in texts] == [2, 0, 1]
     r = ranking("a", texts, [[0], [1, 2]])
-    assert accuracies([r], [[3.0, 2.0, 1.0]], {"a": record}) == {
+    assert accuracies(all_pairs([r], [[3.0, 2.0, 1.0]], {"a": record})) == {
         "accuracy": 1.0, "accuracy_gold": 0.6667, "accuracy_accuracy": 0.5, "accuracy_safety": 1.0}
-    assert accuracies([r], [[1.0, 2.0, 0.0]], {}) == {"accuracy": 0.5}
-    equal = accuracies([r, ranking("a", texts, [[1, 2], [0]])], [[1.0, 1.0, 1.0]] * 2, {"a": record})
+    assert accuracies(all_pairs([r], [[1.0, 2.0, 0.0]], {})) == {"accuracy": 0.5}
+    equal = accuracies(all_pairs([r, ranking("a", texts, [[1, 2], [0]])], [[1.0, 1.0, 1.0]] * 2, {"a": record}))
     assert set(equal.values()) == {0}  # equal scores order no pair, whichever response stands first
 
 
@@ -428,7 +428,8 @@ def test_rows_of_a_batch_are_independent():
 def ppo_settings(**changes):
     return SimpleNamespace(**(dict(
         temperature=1.0, kl_coefficient=0.1, discount=1.0, gae_lambda=0.95, policy_clip=0.2, value_clip=0.2,
-        missing_end_penalty=1.0, epochs=1, minibatch_size=6, micro_batch_size=6, gradient_clip=1.0) | changes))
+        missing_end_penalty=1.0, epochs=1, kl_stop=0.0, whiten_rewards=False, ptx_coefficient=0.0,
+         minibatch_size=6, micro_batch_size=6, gradient_clip=1.0) | changes))
 
 
 class OneProcess:
@@ -449,7 +450,8 @@ def update(rate=1e-2, **changes):
     responses, _ = rollout(policy, config.temperature)
     rows = ppo.score_rollout(run, config, SimpleNamespace(end=0), (policy, reference, value, judge), PROMPTS, responses)
     optimizers = [Optimizers(m, rate, betas=(0.9, 0.999), eps=1e-5) for m in (policy, value)]
-    figures = ppo.ppo_step(run, config, (policy, value), optimizers, rows, 0, 1.0, np.random.default_rng(0))
+    figures = ppo.ppo_step(run, config, (policy, value), optimizers, rows, 0, 1.0, np.random.default_rng(0),
+                           config.kl_coefficient, torch.arange(400).numpy() % 19)
     return figures, rows, [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (policy, value)]
 
 
