@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (IGNORE, LanguageModel, ModelConfig, Muon, Optimizers, Run, RunConfig, ScalarModel, attention, draw,
-                   epoch_batches, generate, keep, learning_rate_factor, load_checkpoint, load_config, newton_schulz,
-                   next_token_probabilities, option, pad)
+from model import (IGNORE, LanguageModel, ModelConfig, Muon, Optimizers, Run, RunConfig, ScalarModel, TrainConfig,
+                   attention, draw, epoch_batches, generate, keep, learning_rate_factor, load_checkpoint, load_config,
+                   newton_schulz, next_token_probabilities, option, pad)
 
 STOP = 0
 
@@ -33,7 +33,7 @@ def language_model(seed=0, scale=4.0, **shape):
 
 
 def a_run(tmp_path, **settings):
-    return Run(RunConfig(out_dir=str(tmp_path), device="cpu", dtype="float32", **settings), "test")
+    return Run(TrainConfig(out_dir=str(tmp_path), device="cpu", dtype="float32", **settings), "test")
 
 
 def one_line(call, *words):
