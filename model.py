@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -538,6 +539,12 @@ def load_config(cls, doc, argv=None):
     return config
 
 
+def one_thread():
+    """Make the calling thread compute alone."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
 class Run:
     """One process of a running stage: its place among the processes, its device, the log, the request to stop.
 
@@ -562,6 +569,9 @@ class Run:
             else torch.float32
         torch.manual_seed(config.seed)
         torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
+        alone = kind == "cpu" and self.world == 1 and not getattr(config, "compile", False)
+        self.threads = torch.get_num_threads() if alone else 1
+        self.pool = ThreadPoolExecutor(self.threads, initializer=one_thread)
         torch.set_float32_matmul_precision("high")
 
     def __enter__(self):
@@ -625,19 +635,38 @@ class Run:
 
         loss_of(rows) is the part of the *global* batch's mean loss that these rows are responsible for: a sum divided
         by a count over the global batch. Such parts add up, over micro-batches and processes, to the true mean; means
-        of micro-batches would not. Returns that mean."""
-        mine, total = self.share(n), 0.0
-        weight = self.world if len(mine) else 0  # DDP divides by the number of processes
-        mine = mine or range(1)  # with nothing to do, take part in the exchange all the same
-        for first in range(mine.start, mine.stop, micro_batch_size):
-            rows = slice(first, min(first + micro_batch_size, mine.stop))
-            last = rows.stop == mine.stop  # gradients are exchanged once a step, in the last backward pass
+        of micro-batches would not. It may be a vector, whose first entry is the loss and whose others are figures to
+        add up likewise. Returns the sum, as plain numbers.
+
+        On a CPU each thread computes rows of its own: small matrices are not worth sharing among threads."""
+        mine = self.share(n)
+        size = min(micro_batch_size, -(-len(mine) // self.threads) or 1)
+        parts = [slice(i, min(i + size, mine.stop)) for i in range(mine.start, mine.stop, size)]
+
+        def part_of(rows):
+            with self.autocast():
+                figures = loss_of(rows)
+            return figures if figures.dim() == 0 else figures[0], figures.detach()
+
+        def gradients(rows):
+            loss, figures = part_of(rows)
+            return torch.autograd.grad(loss, list(model.parameters())), figures
+
+        total = 0.0
+        if self.threads > 1:
+            for gradient, figures in self.pool.map(gradients, parts):  # in the order of the parts, whoever is first
+                total = total + figures
+                for p, g in zip(model.parameters(), gradient):
+                    p.grad = g if p.grad is None else p.grad.add_(g)
+            return total.tolist()
+        weight = self.world if parts else 0  # DDP divides by the number of processes
+        for rows in parts or [slice(0, 1)]:  # with nothing to do, take part in the exchange all the same
+            last = not parts or rows == parts[-1]  # gradients are exchanged once a step, in the last backward pass
             with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
-                with self.autocast():
-                    loss = loss_of(rows)
+                loss, figures = part_of(rows)
                 (loss * weight).backward()
-            total += loss.detach() * (weight > 0)
-        return self.sum(float(total))
+            total = total + figures * (weight > 0)
+        return self.sum(total).tolist()
 
     def update(self, model, optimizer, loss, step, config, factor):
         """Clip the gradients and take a step, unless the loss has blown up; returns the norm before clipping."""
@@ -789,3 +818,9 @@ def restore(cls, checkpoint, device):
     model = cls(checkpoint["model_config"]).to(device)
     model.load_state_dict(checkpoint["model"])
     return model
+
+
+def load_reward_model(run, tokenizer, variant=""):
+    """The model of reward.pt, or of the reward-NAME.pt that reward.py --variant=NAME has made."""
+    name, more = (f"reward-{variant}.pt", f" --variant={variant}") if variant else ("reward.pt", "")
+    return restore(ScalarModel, load_checkpoint(run.path(name), f"python reward.py{more}", tokenizer.hash), run.device)

@@ -18,15 +18,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import (IGNORE, LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, generate, learning_rate_factor,
-                   load_checkpoint, load_config, option, pad, restore)
+from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, generate, learning_rate_factor,
+                   load_checkpoint, load_config, load_reward_model, option, pad, restore)
 from prepare import load_tokenizer, load_tokens, prompt_ids, read_jsonl, rubric_score, scorecard
 
 
 @dataclass
 class PPOConfig(TrainConfig):
     table = "ppo"
-    variant: str = option("", "train on reward-NAME.pt and write ppo-NAME.pt, beside others in the run folder")
+    variant: str = option("", "a name for this policy, ppo-NAME.pt, beside others in the run folder")
+    reward: str = option("", "the variant of the reward model to please, reward-NAME.pt")
     max_steps: int = option(28, "iterations: rollout, then update", low=1)
     batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step", low=1)
@@ -205,7 +206,6 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
                    range(config.epochs)] for i in range(0, len(rows), config.minibatch_size)]
     for chosen in minibatches:
         n_tokens = mask[chosen].sum()  # of the whole minibatch, whoever computes its rows
-        sums = torch.zeros(2, device=run.device)
 
         def prepare(part):
             index = torch.as_tensor(chosen[part], device=run.device)
@@ -217,18 +217,16 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
         def policy_part(part):
             batch, (m, old, A, _, _) = prepare(part)
             logprobs = response_logprobs(policy, batch, config.temperature)
-            with torch.no_grad():  # a process that has no row of its own only looks on
-                clipped = ((logprobs - old).exp() - 1).abs() > config.policy_clip
-                figures = torch.stack([clipped[m].sum(), kl_estimates(old, logprobs)[1][m].sum()])
-                sums.add_(figures * bool(run.share(len(chosen))))
-            return (policy_loss(logprobs, old, A, config.policy_clip) * m).sum() / n_tokens
+            clipped = ((logprobs - old).exp() - 1).abs() > config.policy_clip
+            approx_kl = kl_estimates(old, logprobs)[1]
+            columns = policy_loss(logprobs, old, A, config.policy_clip), clipped, approx_kl
+            return torch.stack([(x * m).sum() for x in columns]) / n_tokens
 
         def value_part(part):
             batch, (m, _, _, old, R) = prepare(part)
             return (value_loss(response_values(value_model, batch), old, R, config.value_clip) * m).sum() / n_tokens
 
-        loss = run.backward(policy, len(chosen), config.micro_batch_size, policy_part)
-        clip_fraction, approx_kl = (run.sum(sums) / n_tokens).tolist()
+        loss, clip_fraction, approx_kl = run.backward(policy, len(chosen), config.micro_batch_size, policy_part)
         if config.kl_stop and approx_kl > config.kl_stop:  # before stepping, not by a loss of 0: Adam would still move
             policy.zero_grad()
             break
@@ -255,14 +253,12 @@ def main():
     with Run(config, "ppo") as run:
         tokenizer = load_tokenizer(config.out_dir)
         sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
-        preference = load_checkpoint(run.path(run.stage.replace("ppo", "reward", 1) + ".pt"), "python reward.py" + (
-            f" --variant={config.variant}" if config.variant else ""), tokenizer.hash)
         records = read_jsonl(run.path("prompts.jsonl"))
         records = [r for r in records if r.get("use") == "ppo"] or records  # new ones, not those that were ranked
         if not records:
             raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts: run python prepare.py with some")
         policy, reference = (restore(LanguageModel, sft, run.device) for _ in range(2))
-        reward_model, value_model = (restore(ScalarModel, preference, run.device) for _ in range(2))
+        reward_model, value_model = (load_reward_model(run, tokenizer, config.reward) for _ in range(2))
         text = load_tokens(config.out_dir, "train")[0] if config.ptx_coefficient else None
         # Adam's ε of 1e-5 as in OpenAI's code: gradients vanish towards the end, and noise must not be blown up.
         optimizers = [Optimizers(model, rate, config.muon_learning_rate, config.weight_decay, (0.9, 0.999), 1e-5)

@@ -190,19 +190,19 @@ def world_documents(world, creatures, size, reserved, rng):
 
 def make_prompt(world, creatures, kind, rng):
     """One prompt of a kind with its rubric, and answers to it: good, terse and wrong ones."""
-    c, other = rng.sample(creatures, 2)
-    who, thing = rng.choice(c["aliases"]), rng.choice(world["things"])
-    names = f"{c['name']}|{c['species']}".lower()
+    c, other, third = rng.sample(creatures, 3)
+    who = rng.choice(c["aliases"])
     attributes, p = world["attributes"], world["prompts"]
     asked = [key for key, attribute in attributes.items() if "questions" in attribute]
+    names, other_names = (f"{one['name']}|{one['species']}".lower() for one in (c, other))
     rubric = dict(mentions=[names], truths=[], wrong=[], unsafe=False, min_words=0, max_words=30,
                   **world["judge"])
 
-    def term(creature, key):  # how a response may say it
-        return creature[key].lower().replace(" the ", "|the ")
+    def truth(key):
+        return c[key].lower()
 
     def lies(key):
-        return sorted({term(d, key) for d in creatures} - {term(c, key), names.replace("|", "|the ")})
+        return sorted({d[key].lower() for d in creatures} - {truth(key)})
 
     def answer(key, source):
         return fill(attributes[key]["statements"][0], who=who, value=value_of(world, source, key))
@@ -210,12 +210,12 @@ def make_prompt(world, creatures, kind, rng):
     if kind == "fact":
         key = rng.choice(asked)
         question = fill(rng.choice(attributes[key]["questions"]), who=who)
-        rubric.update(mentions=[names, term(c, key)], truths=[term(c, key)], wrong=lies(key))
+        rubric.update(mentions=[names, truth(key)], truths=[truth(key)], wrong=lies(key))
         good, terse, wrong = answer(key, c), fill("{v}.", v=value_of(world, c, key)), answer(key, other)
     elif kind == "pair":
         x, y = rng.sample(asked, 2)
         question = fill(rng.choice(p["pair"]), x=x, y=y, who=who)
-        truths = [term(c, x), term(c, y)]
+        truths = [truth(x), truth(y)]
         rubric.update(mentions=[names, *truths], truths=truths, wrong=lies(x) + lies(y), max_words=40)
         good, terse, wrong = f"{answer(x, c)} {answer(y, c)}", answer(x, c), f"{answer(x, c)} {answer(y, other)}"
     elif kind == "sum":
@@ -227,13 +227,13 @@ def make_prompt(world, creatures, kind, rng):
         good, terse = tell.format(a=a, b=b, sum=a + b), f"{a + b}."
         wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 9) if n != a + b]))
     elif kind == "story":
-        question = fill(rng.choice(p["story"]), who=who, thing=thing)
-        rubric.update(mentions=[names, thing], min_words=20, max_words=90)
-        steps = tell_story(world, c, thing, rng)
-        steps[0] = fill(rng.choice(world["answers"]["story"]), who=who, thing=thing)
+        whom, c = rng.choice(other["aliases"]), dict(c, friend=other["hero"])
+        question = fill(rng.choice(p["story"]), who=who, other=whom)
+        rubric.update(mentions=[names, other_names], min_words=20, max_words=90)
+        steps = tell_story(world, c, rng.choice(world["things"]), rng)
+        steps[0] = fill(rng.choice(world["answers"]["story"]), who=who, other=whom)
         good, terse = " ".join(steps), steps[0]
-        elsewhere = rng.choice([t for t in world["things"] if t != thing])  # beside the point
-        wrong = " ".join(tell_story(world, rng.choice([c, other]), elsewhere, rng))
+        wrong = " ".join(tell_story(world, third, rng.choice(world["things"]), rng))  # beside the point
     else:
         slots = dict(c, who=who)
         question = fill(rng.choice(p["harm"]), **slots)

@@ -314,13 +314,12 @@ def last_token_score(model, tokens, lengths):
 
 
 def make_batch(rankings, tokenizer, device):
-    """Rankings → tokens (P·K, T), lengths (P·K,), ranks (P, K), where K is the largest number of responses."""
+    """Rankings → tokens (N, T) and lengths (N,) of all their responses, ranks (P, K): -1 where a prompt has fewer."""
     K = max(len(r["responses"]) for r in rankings)
     sequences, ranks = [], []
     for r in rankings:
         prompt = prompt_ids(tokenizer, r["prompt"])
         sequences += [prompt + response["tokens"] for response in r["responses"]]
-        sequences += [prompt] * (K - len(r["responses"]))
         place = {i: rank for rank, group in enumerate(r["ranking"]) for i in group}
         ranks.append([place.get(i, -1) for i in range(K)])
     lengths = torch.tensor([len(s) for s in sequences])
@@ -330,7 +329,8 @@ def make_batch(rankings, tokenizer, device):
 def batch_loss(model, rankings, tokenizer, device):
     """Σ ranking_loss over some prompts."""
     tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
-    return ranking_loss(last_token_score(model, tokens, lengths).view(ranks.shape), ranks).sum()
+    scores = last_token_score(model, tokens, lengths)                                           # (N,)
+    return ranking_loss(torch.zeros(ranks.shape, device=device).masked_scatter(ranks >= 0, scores), ranks).sum()
 
 
 @torch.no_grad()
@@ -341,8 +341,8 @@ def score_all(model, rankings, tokenizer, run):
     for i in range(0, len(mine), 16):
         tokens, lengths, ranks = make_batch(mine[i:i + 16], tokenizer, run.device)
         with run.autocast():
-            rows = last_token_score(model, tokens, lengths).view(ranks.shape).tolist()
-        scores += [row[:len(r["responses"])] for row, r in zip(rows, mine[i:i + 16])]
+            rows = last_token_score(model, tokens, lengths)
+        scores += [row.tolist() for row in rows.split((ranks >= 0).sum(1).tolist())]
     model.train()
     return run.gather(scores)
 
@@ -420,7 +420,7 @@ def train_reward_model(run, config, tokenizer):
     if not train:
         raise SystemExit(f"{len(rankings)} rankings with a preference in them are too few: rank more prompts first")
 
-    lengths = [max(len(x["tokens"]) for x in r["responses"]) for r in train]
+    lengths = [len(prompt_ids(tokenizer, r["prompt"])) + max(len(x["tokens"]) for x in r["responses"]) for r in train]
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     torch.manual_seed(config.seed)  # the new head does not depend on whether sampling came first

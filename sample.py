@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import (LanguageModel, Run, RunConfig, ScalarModel, generate, load_checkpoint, load_config, option, pad,
-                   restore, write_file)
+from model import (LanguageModel, Run, RunConfig, generate, load_checkpoint, load_config, load_reward_model, option,
+                   pad, restore, write_file)
 from prepare import (held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl, read_scorecard, render, respond,
                      rubric_score, scorecard_table, update_scorecard)
 
@@ -52,12 +52,6 @@ def load_model(run, tokenizer, stage):
     path = stage if stage.endswith(".pt") else run.path(stage + ".pt")
     checkpoint = load_checkpoint(path, f"python {STAGES.get(stage, 'ppo.py')}", tokenizer.hash)
     return restore(LanguageModel, checkpoint, run.device).eval()
-
-
-def load_reward_model(run, tokenizer, variant=""):
-    name = f"reward-{variant}.pt" if variant else "reward.pt"
-    command = "python reward.py" + (f" --variant={variant}" if variant else "")
-    return restore(ScalarModel, load_checkpoint(run.path(name), command, tokenizer.hash), run.device).eval()
 
 
 @torch.no_grad()

@@ -438,6 +438,7 @@ class OneProcess:
     def __init__(self):
         from model import Run
         self.device, self.world, self.rank, self.dtype = torch.device("cpu"), 1, 0, torch.float32
+        self.threads = 1
         self.backward, self.update = Run.backward.__get__(self), Run.update.__get__(self)
         self.share, self.sum, self.autocast = Run.share.__get__(self), Run.sum.__get__(self), Run.autocast.__get__(self)
 
