@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (IGNORE, LanguageModel, ModelConfig, Muon, Optimizers, Run, RunConfig, ScalarModel, TrainConfig,
-                   attention, draw, epoch_batches, generate, keep, learning_rate_factor, load_checkpoint, load_config,
-                   newton_schulz, next_token_probabilities, option, pad)
+from model import (IGNORE, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run, RunConfig, ScalarModel,
+                   TrainConfig, attention, draw, epoch_batches, generate, keep, learning_rate_factor, load_checkpoint,
+                   load_config, newton_schulz, next_token_probabilities, option, pad)
 
 STOP = 0
 
@@ -441,16 +441,18 @@ def test_learning_rate_factor():
 def test_token_weighted_mean_over_micro_batches(tmp_path):
     """Targets (1, 3) with losses (2; 1, 1, 1): the accumulated loss is 1.25; a mean of means would say 1.5."""
     run, losses = a_run(tmp_path), torch.tensor([[2.0, 0, 0], [1, 1, 1]])
-    weight = nn.Parameter(torch.ones(()))
-    n_targets = 4
-    total = run.backward(None, 2, 1, lambda rows: (weight * losses[rows]).sum() / n_targets)
-    assert total == 1.25 and weight.grad == 1.25
+    model = RMSNorm(1)
+    total = run.backward(model, 2, 1, lambda rows: (model.weight * losses[rows]).sum() / 4)
+    assert total == 1.25 and model.weight.grad == 1.25
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
-def test_accumulation_equals_one_big_batch(tmp_path, micro_batch_size):
-    """Gradients summed over micro-batches, even and uneven, equal those of the whole batch in float64."""
+def test_accumulation_equals_one_big_batch(tmp_path, micro_batch_size, threads):
+    """Gradients summed over micro-batches, even and uneven, in one thread or in several, equal those of the whole batch
+    in float64."""
     run, model = a_run(tmp_path), language_model().double()
+    run.threads = threads
     tokens, targets = torch.randint(19, (5, 6)), torch.randint(19, (5, 6))
     for row, n in enumerate((1, 6, 3, 2, 5)):
         targets[row, n:] = IGNORE
