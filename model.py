@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IGNORE = -100  # a target that is not trained on: padding, prompts
+THREADS = torch.get_num_threads()
 
 
 def option(default, help, low=None, high=None, choices=None):
@@ -539,12 +540,6 @@ def load_config(cls, doc, argv=None):
     return config
 
 
-def one_thread():
-    """Make the calling thread compute alone."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-
 class Run:
     """One process of a running stage: its place among the processes, its device, the log, the request to stop.
 
@@ -569,9 +564,11 @@ class Run:
             else torch.float32
         torch.manual_seed(config.seed)
         torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
-        alone = kind == "cpu" and self.world == 1 and not getattr(config, "compile", False)
-        self.threads = torch.get_num_threads() if alone else 1
-        self.pool = ThreadPoolExecutor(self.threads, initializer=one_thread)
+        # On a CPU each thread computes micro-batches of its own: small matrices are not worth sharing among threads.
+        alone = kind == "cpu" and self.world == 1 and graceful and not getattr(config, "compile", False)
+        self.threads = THREADS if alone else 1
+        self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_flush_denormal, initargs=(True,))
+        torch.set_num_threads(1 if alone else THREADS)
         torch.set_float32_matmul_precision("high")
 
     def __enter__(self):
@@ -630,40 +627,44 @@ class Run:
         """This process's part of range(n)."""
         return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
+    def parts(self, n, size):
+        """This process's part of range(n), cut into pieces of at most `size`, one for each thread at least."""
+        mine = self.share(n)
+        size = max(1, min(size, -(-len(mine) // self.threads)))
+        return [mine[i:i + size] for i in range(0, len(mine), size)]
+
+    def map(self, function, items):
+        """[function(item), …]: on a CPU each thread works on items of its own."""
+        return list(self.pool.map(function, items)) if self.threads > 1 else [function(item) for item in items]
+
     def backward(self, model, n, micro_batch_size, loss_of):
         """Gradients of Σ loss_of(rows) over this process's share of a batch of n rows, micro-batch by micro-batch.
 
-        loss_of(rows) is the part of the *global* batch's mean loss that these rows are responsible for: a sum divided
-        by a count over the global batch. Such parts add up, over micro-batches and processes, to the true mean; means
-        of micro-batches would not. It may be a vector, whose first entry is the loss and whose others are figures to
-        add up likewise. Returns the sum, as plain numbers.
-
-        On a CPU each thread computes rows of its own: small matrices are not worth sharing among threads."""
-        mine = self.share(n)
-        size = min(micro_batch_size, -(-len(mine) // self.threads) or 1)
-        parts = [slice(i, min(i + size, mine.stop)) for i in range(mine.start, mine.stop, size)]
-
-        def part_of(rows):
+        loss_of(rows), of a slice, is the part of the *global* batch's mean loss that these rows are responsible for: a
+        sum divided by a count over the global batch. Such parts add up, over micro-batches and processes, to the true
+        mean; means of micro-batches would not. It may be a vector, whose first entry is the loss and whose others are
+        figures to add up likewise. Returns the sum, as plain numbers."""
+        def forward(rows):
             with self.autocast():
-                figures = loss_of(rows)
+                figures = loss_of(slice(rows.start, rows.stop))
             return figures if figures.dim() == 0 else figures[0], figures.detach()
 
         def gradients(rows):
-            loss, figures = part_of(rows)
+            loss, figures = forward(rows)
             return torch.autograd.grad(loss, list(model.parameters())), figures
 
-        total = 0.0
+        parts, total = self.parts(n, micro_batch_size), 0.0
         if self.threads > 1:
-            for gradient, figures in self.pool.map(gradients, parts):  # in the order of the parts, whoever is first
+            for gradient, figures in self.map(gradients, parts):  # in the order of the parts, whoever is done first
                 total = total + figures
                 for p, g in zip(model.parameters(), gradient):
                     p.grad = g if p.grad is None else p.grad.add_(g)
             return total.tolist()
         weight = self.world if parts else 0  # DDP divides by the number of processes
-        for rows in parts or [slice(0, 1)]:  # with nothing to do, take part in the exchange all the same
+        for rows in parts or [range(1)]:  # with nothing to do, take part in the exchange all the same
             last = not parts or rows == parts[-1]  # gradients are exchanged once a step, in the last backward pass
             with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
-                loss, figures = part_of(rows)
+                loss, figures = forward(rows)
                 (loss * weight).backward()
             total = total + figures * (weight > 0)
         return self.sum(total).tolist()

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, generate, learning_rate_factor,
+from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, learning_rate_factor,
                    load_checkpoint, load_config, load_reward_model, option, pad, restore)
-from prepare import load_tokenizer, load_tokens, prompt_ids, read_jsonl, rubric_score, scorecard
+from prepare import load_tokenizer, load_tokens, prompt_ids, read_jsonl, respond, rubric_score, scorecard
 
 
 @dataclass
@@ -153,30 +153,30 @@ def last_token_scores(model, batch):
 
 
 def rollout(run, config, tokenizer, policy, records, step):
-    """This process's share of an iteration's prompts, answered: (prompts, responses) as lists of ids."""
-    mine = list(run.share(len(records)))
-    uniforms = run.uniforms(len(records), config.max_new_tokens, 5, step)[mine]
-    prompts = [prompt_ids(tokenizer, records[i]["prompt"]) for i in mine]
-    return prompts, generate(policy, prompts, config.max_new_tokens, tokenizer.end, uniforms, config.temperature)[0]
+    """The prompts and responses of an iteration, as lists of ids."""
+    return ([prompt_ids(tokenizer, record["prompt"]) for record in records],
+            respond(policy, tokenizer, records, run, (5, step), config.temperature))
 
 
-@torch.no_grad()
 def score_rollout(run, config, tokenizer, models, prompts, responses):
     """What the update needs to know of each response, as a list of dicts of plain numbers."""
     policy, reference, value_model, reward_model = models
-    rows = []
-    for i in range(0, len(prompts), config.micro_batch_size):
-        part = slice(i, i + config.micro_batch_size)
-        batch = make_batch(prompts[part], responses[part], run.device)
+
+    @torch.no_grad()
+    def score(part):
+        some, rows = [responses[i] for i in part], []
+        batch = make_batch([prompts[i] for i in part], some, run.device)
         with run.autocast():
             old, ref = (response_logprobs(m, batch, config.temperature) for m in (policy, reference))
             values, scores = response_values(value_model, batch), last_token_scores(reward_model, batch)
-        for j, response in enumerate(responses[part]):
-            n = len(response)
-            rows.append(dict(prompt=prompts[i + j], response=response, score=scores[j].item(),
-                             ended=tokenizer.end in response, old=old[j, :n].tolist(), ref=ref[j, :n].tolist(),
-                             values=values[j, :n].tolist()))
-    return rows
+        for i, response, *columns in zip(part, some, scores, old, ref, values):
+            r, *columns = (x[:len(response)].tolist() if x.dim() else x.item() for x in columns)
+            rows.append(dict(zip(("old", "ref", "values"), columns), prompt=prompts[i], response=response, score=r,
+                             ended=tokenizer.end in response))
+        return rows
+
+    parts = run.map(score, run.parts(len(prompts), config.micro_batch_size))
+    return run.gather([row for rows in parts for row in rows])
 
 
 def text_windows(tokens, n, length, rng):
@@ -274,8 +274,8 @@ def main():
                         for e in {i // len(records) for i in wanted}}
             batch = [records[shuffled[i // len(records)][i % len(records)]] for i in wanted]
             prompts, responses = rollout(run, config, tokenizer, policy, batch, step)
-            rows = run.gather(score_rollout(run, config, tokenizer, (policy, reference, value_model, reward_model),
-                                            prompts, responses))
+            rows = score_rollout(run, config, tokenizer, (policy, reference, value_model, reward_model), prompts,
+                                 responses)
             gold = [rubric_score(record, tokenizer.text(row["response"]), row["ended"])
                     for record, row in zip(batch, rows) if "rubric" in record]
             figures = ppo_step(run, config, trained, optimizers, rows, step,

@@ -575,31 +575,32 @@ def rubric_score(record, response, ended):
 
 def respond(model, tokenizer, records, run, key, temperature=1.0):
     """A response of the model to each record's prompt, as ids; shared among the processes."""
-    uniforms, mine = run.uniforms(len(records), run.config.max_new_tokens, key), list(run.share(len(records)))
-    responses = []
-    for i in range(0, len(mine), 256):
-        rows = mine[i:i + 256]
-        responses += generate(model, [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows],
-                              run.config.max_new_tokens, tokenizer.end, uniforms[rows], temperature)[0]
-    return run.gather(responses)
+    uniforms = run.uniforms(len(records), run.config.max_new_tokens, key)
+
+    def respond_to(rows):
+        prompts = [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows]
+        return generate(model, prompts, run.config.max_new_tokens, tokenizer.end, uniforms[list(rows)], temperature)[0]
+
+    return run.gather([r for part in run.map(respond_to, run.parts(len(records), 256)) for r in part])
 
 
-@torch.no_grad()
 def bits_per_byte(model, run):
     """-log2 p of the whole validation text per byte: comparable between tokenizers, unlike the loss per token."""
     tokens, data = load_tokens(run.config.out_dir, "val")
-    T, nats = model.model.config.block_size, 0.0
-    starts = list(range(0, len(tokens) - 1, T))
-    starts = [starts[i] for i in run.share(len(starts))]
-    for i in range(0, len(starts), 16):
-        batch = np.full((len(starts[i:i + 16]), T + 1), IGNORE, np.int64)
-        for row, start in zip(batch, starts[i:i + 16]):
-            window = tokens[start:start + T + 1]
+    T = model.model.config.block_size
+    starts = range(0, len(tokens) - 1, T)
+
+    @torch.no_grad()
+    def nats(part):
+        batch = np.full((len(part), T + 1), IGNORE, np.int64)
+        for row, i in zip(batch, part):
+            window = tokens[starts[i]:starts[i] + T + 1]
             row[:len(window)] = window
         batch = torch.from_numpy(batch).to(run.device)
         with run.autocast():
-            nats += model(batch[:, :-1].clamp(min=0), batch[:, 1:]).sum().item()
-    return run.sum(nats) / math.log(2) / data["val"]["bytes"]
+            return model(batch[:, :-1].clamp(min=0), batch[:, 1:]).sum().item()
+
+    return run.sum(sum(run.map(nats, run.parts(len(starts), 16)))) / math.log(2) / data["val"]["bytes"]
 
 
 def measure(tokenizer, records, responses):

@@ -115,8 +115,7 @@ def main():
                 clock, last_logged = time.time(), step
             if step % config.eval_every == 0 or last or stop:
                 model.eval()
-                with torch.no_grad():
-                    bpb = bits_per_byte(model, run)
+                bpb = bits_per_byte(model, run)
                 model.train()
                 run.log(step, f"step {step:5}  validation {bpb:.4f} bits per byte"
                         + (" (best so far)" if bpb < best else ""), bits_per_byte=bpb)

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, epoch_batches, generate,
+from model import (LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, epoch_batches,
                    learning_rate_factor, load_checkpoint, load_config, need, option, pad, restore, write_file)
-from prepare import (beside, judge, load_tokenizer, prompt_ids, read_jsonl, rubric_score, to_jsonl, update_scorecard)
+from prepare import (beside, judge, load_tokenizer, prompt_ids, read_jsonl, respond, rubric_score, to_jsonl,
+                     update_scorecard)
 
 CRITERIA = ("helpfulness", "accuracy", "safety")
 
@@ -70,21 +71,15 @@ def sample_responses(run, config, tokenizer):
     records = [r for r in read_jsonl(run.path("prompts.jsonl")) if r.get("use", "compare") == "compare"]
     if not records:
         raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts to compare on: run python prepare.py with some")
-    K, mine = config.n_samples, list(run.share(len(records)))
-    uniforms = run.uniforms(len(records) * K, config.max_new_tokens, 2).view(len(records), K, -1)
-    samples = []
-    for i in range(0, len(mine), 64):
-        rows = mine[i:i + 64]
-        prompts = [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows for _ in range(K)]
-        responses, _ = generate(model, prompts, config.max_new_tokens, tokenizer.end, uniforms[rows].flatten(0, 1),
-                                config.temperature)
-        for j, row in enumerate(rows):
-            different = sorted(set(map(tuple, responses[j * K:(j + 1) * K])))
-            samples.append(dict(id=records[row]["id"], prompt=records[row]["prompt"], responses=[
+    K = config.n_samples
+    responses = respond(model, tokenizer, [r for r in records for _ in range(K)], run, 2, config.temperature)
+    if run.main:
+        samples = []
+        for i, record in enumerate(records):
+            different = sorted(set(map(tuple, responses[i * K:(i + 1) * K])))
+            samples.append(dict(id=record["id"], prompt=record["prompt"], responses=[
                 dict(text=tokenizer.text(r), tokens=list(r), model="sft.pt", ended=tokenizer.end in r,
                      temperature=config.temperature, seed=config.seed) for r in different]))
-    samples = run.gather(samples)
-    if run.main:
         page = rank_page(samples[:config.n_for_people])
         for name, text in (("samples.jsonl", to_jsonl(samples)), ("rank.html", page)):
             write_file(run.path(name + ".tmp"), text)
@@ -333,18 +328,16 @@ def batch_loss(model, rankings, tokenizer, device):
     return ranking_loss(torch.zeros(ranks.shape, device=device).masked_scatter(ranks >= 0, scores), ranks).sum()
 
 
-@torch.no_grad()
 def score_all(model, rankings, tokenizer, run):
     """The scores of all responses, a list for each prompt; shared among the processes."""
-    model.eval()
-    mine, scores = [rankings[i] for i in run.share(len(rankings))], []
-    for i in range(0, len(mine), 16):
-        tokens, lengths, ranks = make_batch(mine[i:i + 16], tokenizer, run.device)
+    @torch.no_grad()
+    def scores(part):
+        tokens, lengths, ranks = make_batch([rankings[i] for i in part], tokenizer, run.device)
         with run.autocast():
             rows = last_token_score(model, tokens, lengths)
-        scores += [row.tolist() for row in rows.split((ranks >= 0).sum(1).tolist())]
-    model.train()
-    return run.gather(scores)
+        return [row.tolist() for row in rows.split((ranks >= 0).sum(1).tolist())]
+
+    return run.gather([row for rows in run.map(scores, run.parts(len(rankings), 16)) for row in rows])
 
 
 def all_pairs(rankings, scores, records):

@@ -13,6 +13,7 @@ It reads pretrain.pt and sft.jsonl and writes sft.pt (best by validation loss) a
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, epoch_batches, learning_rate_factor,
@@ -39,18 +40,16 @@ def make_batch(examples, device):
     return pad(ids).to(device), pad(targets, IGNORE).to(device)
 
 
-@torch.no_grad()
 def validation_loss(model, examples, run):
     """Mean over all target tokens of the held-out conversations, shared among the processes."""
-    model.eval()
-    mine, total, count = [examples[i] for i in run.share(len(examples))], 0.0, 0
-    for i in range(0, len(mine), 64):
-        ids, targets = make_batch(mine[i:i + 64], run.device)
+    @torch.no_grad()
+    def sums(part):
+        ids, targets = make_batch([examples[i] for i in part], run.device)
         with run.autocast():
-            total += model(ids, targets).sum().item()
-        count += (targets != IGNORE).sum().item()
-    model.train()
-    return run.sum(total) / run.sum(count)
+            return model(ids, targets).sum().item(), (targets != IGNORE).sum().item()
+
+    totals = np.array(run.map(sums, run.parts(len(examples), 64))).sum(0)
+    return run.sum(totals[0]) / run.sum(totals[1])
 
 
 def main():

@@ -12,7 +12,8 @@ import torch.nn as nn
 import ppo
 import reward
 import sft
-from model import IGNORE, LanguageModel, ModelConfig, Optimizers, ScalarModel, generate, learning_rate_factor, pad
+from model import (IGNORE, LanguageModel, ModelConfig, Optimizers, Run, RunConfig, ScalarModel, generate,
+                   learning_rate_factor, pad)
 from ppo import gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from prepare import Tokenizer, prompt_ids, rubric_score
 from reward import accuracies, all_pairs, group_ties, last_token_score, parse_ranking, ranking_loss, simulated_annotator
@@ -429,25 +430,18 @@ def ppo_settings(**changes):
     return SimpleNamespace(**(dict(
         temperature=1.0, kl_coefficient=0.1, discount=1.0, gae_lambda=0.95, policy_clip=0.2, value_clip=0.2,
         missing_end_penalty=1.0, epochs=1, kl_stop=0.0, whiten_rewards=False, ptx_coefficient=0.0,
-         minibatch_size=6, micro_batch_size=6, gradient_clip=1.0) | changes))
+        minibatch_size=6, micro_batch_size=6, gradient_clip=1.0) | changes))
 
 
-class OneProcess:
-    """The part of Run that an update uses, on one CPU."""
-
-    def __init__(self):
-        from model import Run
-        self.device, self.world, self.rank, self.dtype = torch.device("cpu"), 1, 0, torch.float32
-        self.threads = 1
-        self.backward, self.update = Run.backward.__get__(self), Run.update.__get__(self)
-        self.share, self.sum, self.autocast = Run.share.__get__(self), Run.sum.__get__(self), Run.autocast.__get__(self)
+def one_process():
+    return Run(RunConfig(device="cpu", dtype="float32"), "test", graceful=False)
 
 
 def update(rate=1e-2, **changes):
     """One call of ppo_step on a rollout; returns its figures, the policy's and the value function's parameters."""
     policy, reference, value, judge = (tiny(c, seed) for c, seed in (
         (LanguageModel, 0), (LanguageModel, 1), (ScalarModel, 2), (ScalarModel, 3)))
-    config, run = ppo_settings(**changes), OneProcess()
+    config, run = ppo_settings(**changes), one_process()
     responses, _ = rollout(policy, config.temperature)
     rows = ppo.score_rollout(run, config, SimpleNamespace(end=0), (policy, reference, value, judge), PROMPTS, responses)
     optimizers = [Optimizers(m, rate, betas=(0.9, 0.999), eps=1e-5) for m in (policy, value)]
