@@ -580,9 +580,9 @@ class Run:
             signal.signal(name, self.request_stop)
         os.makedirs(self.config.out_dir, exist_ok=True)
         if self.main:
-            settings = dataclasses.asdict(self.config)
+            settings, threads = dataclasses.asdict(self.config), max(self.threads, torch.get_num_threads())
             print(f"{self.stage}: {self.device.type}, {str(self.dtype)[6:]}, {self.world} process(es), "
-                  f"{torch.get_num_threads()} thread(s)\n  " + ", ".join(f"{k}={v}" for k, v in settings.items()))
+                  f"{threads} thread(s)\n  " + ", ".join(f"{k}={v}" for k, v in settings.items()))
             self.write_log(dict(stage=self.stage, config=settings))
         return self
 
@@ -737,7 +737,7 @@ class Run:
     def start(self, tokenizer, parent, **parts):
         """Begin at step 0 and keep what an earlier run has left, or with --resume put all back where STAGE.last.pt has
         it. parts: the model, its optimizer and what else a checkpoint holds, by name. Returns the checkpoint."""
-        self.parts, self.origin = parts, dict(tokenizer=tokenizer.hash, parent=parent)
+        self.saved, self.origin = parts, dict(tokenizer=tokenizer.hash, parent=parent)
         last = f"{self.stage}.last.pt"
         if not self.config.resume:
             self.keep_earlier(f"{self.stage}.pt", last)
@@ -756,8 +756,8 @@ class Run:
         if not self.main:
             return
         path = self.path(name)
-        checkpoint = dict({part: it.state_dict() for part, it in self.parts.items()}, step=step, best=best,
-                          model_config=dataclasses.asdict(self.parts["model"].model.config),
+        checkpoint = dict({part: it.state_dict() for part, it in self.saved.items()}, step=step, best=best,
+                          model_config=dataclasses.asdict(self.saved["model"].model.config),
                           config=dataclasses.asdict(self.config), random_state=torch.get_rng_state(), **self.origin,
                           **more)
         try:

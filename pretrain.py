@@ -89,7 +89,8 @@ def main():
         checkpoint = run.start(tokenizer, "prepare: train.bin", model=model, optimizer=optimizer)
         step, best = checkpoint["step"], checkpoint["best"]
         trained = run.wrap(torch.compile(model) if config.compile else model)
-        flops, peak = flops_per_token(model, config.block_size), matrix_rate(run.device, run.dtype) * run.world
+        flops = flops_per_token(model, config.block_size)
+        peak = matrix_rate(run.device, run.dtype) * run.world * run.threads
         if run.main:
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "

@@ -13,7 +13,6 @@ It reads pretrain.pt and sft.jsonl and writes sft.pt (best by validation loss) a
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, epoch_batches, learning_rate_factor,
@@ -48,8 +47,8 @@ def validation_loss(model, examples, run):
         with run.autocast():
             return model(ids, targets).sum().item(), (targets != IGNORE).sum().item()
 
-    totals = np.array(run.map(sums, run.parts(len(examples), 64))).sum(0)
-    return run.sum(totals[0]) / run.sum(totals[1])
+    parts = run.map(sums, run.parts(len(examples), 64))
+    return run.sum(sum(loss for loss, _ in parts)) / run.sum(sum(count for _, count in parts))
 
 
 def main():

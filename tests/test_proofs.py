@@ -5,7 +5,6 @@ optimum and the distance to it are sums that are taken exactly. Broken on purpos
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,17 +14,25 @@ import ppo
 import sample
 from helpers import Recorder, close, float64, ppo_run, tiny
 from model import LanguageModel, ModelConfig, Optimizers, ScalarModel, learning_rate_factor
+from prepare import prompt_ids
 
-END = 0  # also what batches are padded with, which must not matter
-PROMPTS = [[END, 1], [END, 2, 3]]
-
-
-def every_response(V):
-    """All responses of at most two of V words: the end alone, or a word and then any."""
-    return [[END]] + [[a, b] for a in range(V) for b in range(V) if a != END]
+END, START, V = 0, 4, 5  # the end is also what batches are padded with, which must not matter
 
 
-EVERYTHING = [(prompt, response) for prompt in PROMPTS for response in every_response(5)]         # 42
+class Words:
+    """A tokenizer of five words, the end and the start among them, which knows digits only."""
+    end, start, size = END, START, V
+
+    def encode(self, text):
+        return [int(c) for c in text if c.isdigit()]
+
+
+RECORDS = [dict(prompt="1"), dict(prompt="23")]
+PROMPTS = [prompt_ids(Words(), r["prompt"]) for r in RECORDS]              # of 4 and 5 tokens
+
+
+# Every response of at most two words, the end alone or a word and then any, to both prompts.
+EVERYTHING = [(p, y) for p in PROMPTS for y in [[END]] + [[a, b] for a in range(1, V) for b in range(V)]]     # 42
 
 
 def log_probabilities(model, temperature=1.0):
@@ -48,7 +55,7 @@ def double():
 
 
 def small(cls, seed, **shape):
-    return tiny(cls, seed, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_inner=24, vocab_size=5, **shape)
+    return tiny(cls, seed, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_inner=24, vocab_size=V, **shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,8 +71,7 @@ def test_gradient_of_an_update_is_exact(double, monkeypatch, micro_batch_size):
     run, config = ppo_run(kl_coefficient=0.3, gae_lambda=1.0, temperature=0.8, missing_end_penalty=0.7,
                           micro_batch_size=micro_batch_size, gradient_clip=1e9)
     policy, reference, value, judge = (small(c, i) for i, c in enumerate([LanguageModel] * 2 + [ScalarModel] * 2))
-    prompts, responses = zip(*EVERYTHING)
-    rows = ppo.score_rollout(run, config, SimpleNamespace(end=END), (policy, reference, value, judge), prompts, responses)
+    rows = ppo.score_rollout(run, config, Words(), (policy, reference, value, judge), *zip(*EVERYTHING))
 
     log_pi = log_probabilities(policy, 0.8)
     pi, log_ratio = log_pi.exp(), log_pi - log_probabilities(reference, 0.8).detach()
@@ -136,21 +142,20 @@ def test_pretraining_gradient_is_added(double, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # The rollout
 
-def test_rollouts_follow_the_policy(monkeypatch):
+def test_rollouts_follow_the_policy():
     """Responses come as often as the policy says, word for word at the temperature of the log-probabilities, and others
     at every step (catches greedy rollouts by accident, sampling with another temperature or top-k)."""
     n = 6000
     run, config = ppo_run(max_new_tokens=2, temperature=0.8)
     policy = small(LanguageModel, 0)
-    monkeypatch.setattr(ppo, "prompt_ids", lambda tokenizer, prompt: prompt)
-    records, tokenizer = [dict(prompt=p) for p in PROMPTS for _ in range(n)], SimpleNamespace(end=END)
-    prompts, responses = ppo.rollout(run, config, tokenizer, policy, records, 3)
-    assert prompts == [r["prompt"] for r in records]
+    records = [r for r in RECORDS for _ in range(n)]
+    prompts, responses = ppo.rollout(run, config, Words(), policy, records, 3)
+    assert prompts == [p for p in PROMPTS for _ in range(n)]
     with torch.no_grad():
         for (p, y), log_p in zip(EVERYTHING, log_probabilities(policy, 0.8)):
             share, probability = sum(x == (p, y) for x in zip(prompts, responses)) / n, log_p.exp().item()
             assert share == pytest.approx(probability, abs=4 * (probability / n) ** 0.5), (p, y)
-    assert ppo.rollout(run, config, tokenizer, policy, records[:50], 4)[1] != responses[:50]
+    assert ppo.rollout(run, config, Words(), policy, records[:50], 4)[1] != responses[:50]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ class RewardTable:
 def train_to_the_optimum(seed, beta=0.5, steps=70, rate=3e-3):
     """PPO as ppo.py does it, on rewards drawn from N(0, 1): (KL(π‖π*) before, after, the last figures, J*)."""
     torch.manual_seed(seed)
-    config = ModelConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_inner=64, block_size=8, vocab_size=5)
+    config = ModelConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, n_inner=64, block_size=8, vocab_size=V)
     policy, reference, value = LanguageModel(config), LanguageModel(config), ScalarModel(config)
     with torch.no_grad():
         for p in policy.parameters():
@@ -180,8 +185,7 @@ def train_to_the_optimum(seed, beta=0.5, steps=70, rate=3e-3):
     run, config = ppo_run(seed=seed, minibatch_size=128, micro_batch_size=256, epochs=2, max_new_tokens=2,
                           missing_end_penalty=0.0, max_steps=steps)
     optimizers = [Optimizers(m, rate, betas=(0.9, 0.999), eps=1e-5) for m in (policy, value)]
-    models, tokenizer = (policy, reference, value, RewardTable(rewards)), SimpleNamespace(end=END)
-    records = [dict(prompt=PROMPTS[i % 2]) for i in range(256)]
+    models, records = (policy, reference, value, RewardTable(rewards)), RECORDS * 128
 
     @torch.no_grad()
     def distance():
@@ -196,20 +200,20 @@ def train_to_the_optimum(seed, beta=0.5, steps=70, rate=3e-3):
 
     before, _ = distance()
     for step in range(steps):
-        rows = ppo.score_rollout(run, config, tokenizer, models, *ppo.rollout(run, config, tokenizer, policy, records, step))
+        answered = ppo.rollout(run, config, Words(), policy, records, step)
+        rows = ppo.score_rollout(run, config, Words(), models, *answered)
         figures = ppo.ppo_step(run, config, (policy, value), optimizers, rows, step, learning_rate_factor(step, steps),
                                np.random.default_rng((seed, step)), beta)
     after, best = distance()
     return before, after, figures, best
 
 
-def test_ppo_finds_the_known_optimum(monkeypatch):
+def test_ppo_finds_the_known_optimum():
     """A Transformer trained by ppo.py's rollouts, scores and updates ends at π* ∝ π_ref exp(r/β), for three drawings of
     the rewards, and the logged reward - β KL is J* = β log Z, of which there is no better.
 
     Catches what changes the fixed point: k3 or no KL in the reward, none at the last token, V shifted by one, a
     reference that is the policy itself, greedy rollouts, no exploration."""
-    monkeypatch.setattr(ppo, "prompt_ids", lambda tokenizer, prompt: prompt)
     ends = []
     for seed in (0, 1, 3):
         before, after, figures, best = train_to_the_optimum(seed)
@@ -231,7 +235,7 @@ def test_early_stop_takes_no_step():
         run, config = ppo_run(minibatch_size=21, **changes)
         policy, value = small(LanguageModel, 0), small(ScalarModel, 1)
         models = (policy, small(LanguageModel, 2), value, small(ScalarModel, 3))
-        rows = ppo.score_rollout(run, config, SimpleNamespace(end=END), models, *zip(*EVERYTHING))
+        rows = ppo.score_rollout(run, config, Words(), models, *zip(*EVERYTHING))
         optimizers = [Optimizers(m, 1e-2, betas=(0.9, 0.999), eps=1e-5) for m in (policy, value)]
         figures = ppo.ppo_step(run, config, (policy, value), optimizers, rows, 0, 1.0, np.random.default_rng(0), 0.1)
         assert all(p.grad is None for m in (policy, value) for p in m.parameters())
