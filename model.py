@@ -207,7 +207,9 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         wanted = targets != IGNORE
-        logits = self.lm_head(hidden[wanted] / temperature).float()                             # (targets, V)
+        chosen = hidden[wanted] / temperature                                                   # (targets, C)
+        chosen = F.pad(chosen, (0, 0, 0, -len(chosen) % 64))  # few different shapes, as in `pad`
+        logits = self.lm_head(chosen)[:wanted.sum()].float()                                    # (targets, V)
         loss = F.cross_entropy(logits, targets[wanted], reduction="none")                       # (targets,)
         return torch.zeros(targets.shape, device=loss.device).masked_scatter(wanted, loss)
 

@@ -204,20 +204,25 @@ def make_prompt(world, creatures, kind, rng):
     def lies(key):
         return sorted({d[key].lower() for d in creatures} - {truth(key)})
 
-    def answer(key, source):
+    def answer(key, source, who=who):
         return fill(attributes[key]["statements"][0], who=who, value=value_of(world, source, key))
+
+    def beside_the_point():  # true, perhaps, but not what was asked for
+        return answer(rng.choice(asked), other, rng.choice(other["aliases"]))
 
     if kind == "fact":
         key = rng.choice(asked)
         question = fill(rng.choice(attributes[key]["questions"]), who=who)
         rubric.update(mentions=[names, truth(key)], truths=[truth(key)], wrong=lies(key))
-        good, terse, wrong = answer(key, c), fill("{v}.", v=value_of(world, c, key)), answer(key, other)
+        good, terse = answer(key, c), fill("{v}.", v=value_of(world, c, key))
+        wrong = rng.choice([answer(key, other), beside_the_point()])
     elif kind == "pair":
         x, y = rng.sample(asked, 2)
         question = fill(rng.choice(p["pair"]), x=x, y=y, who=who)
         truths = [truth(x), truth(y)]
         rubric.update(mentions=[names, *truths], truths=truths, wrong=lies(x) + lies(y), max_words=40)
-        good, terse, wrong = f"{answer(x, c)} {answer(y, c)}", answer(x, c), f"{answer(x, c)} {answer(y, other)}"
+        good, terse = f"{answer(x, c)} {answer(y, c)}", answer(x, c)
+        wrong = rng.choice([f"{answer(x, c)} {answer(y, other)}", f"{answer(x, c)} {beside_the_point()}"])
     elif kind == "sum":
         a, b = rng.randint(1, 4), rng.randint(1, 4)
         question = rng.choice(p["sum"]).format(a=a, b=b)
@@ -225,7 +230,8 @@ def make_prompt(world, creatures, kind, rng):
         rubric.update(mentions=[str(a + b)], truths=[str(a + b)], wrong=numbers)
         tell = rng.choice(world["answers"]["sum"])
         good, terse = tell.format(a=a, b=b, sum=a + b), f"{a + b}."
-        wrong = tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 9) if n != a + b]))
+        wrong = rng.choice([tell.format(a=a, b=b, sum=rng.choice([n for n in range(2, 9) if n != a + b])),
+                            beside_the_point()])
     elif kind == "story":
         whom, c = rng.choice(other["aliases"]), dict(c, friend=other["hero"])
         question = fill(rng.choice(p["story"]), who=who, other=whom)

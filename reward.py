@@ -304,8 +304,8 @@ def ranking_loss(scores, ranks):
 
 
 def last_token_score(model, tokens, lengths):
-    """r of whole sequences: the scalar at each one's last token. tokens (N, T) padded, lengths (N,) → (N,)."""
-    return model(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
+    """r of whole sequences, the scalar at each one's last token: tokens (N or more, T) padded, lengths (N,) → (N,)."""
+    return model(tokens)[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 
 
 def make_batch(rankings, tokenizer, device):
@@ -318,6 +318,7 @@ def make_batch(rankings, tokenizer, device):
         place = {i: rank for rank, group in enumerate(r["ranking"]) for i in group}
         ranks.append([place.get(i, -1) for i in range(K)])
     lengths = torch.tensor([len(s) for s in sequences])
+    sequences += [[]] * (-len(sequences) % 8)  # few different shapes, as in `pad`
     return pad(sequences).to(device), lengths.to(device), torch.tensor(ranks, device=device)
 
 
