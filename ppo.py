@@ -28,7 +28,7 @@ class PPOConfig(TrainConfig):
     table = "ppo"
     variant: str = option("", "a name for this policy, ppo-NAME.pt, beside others in the run folder")
     reward: str = option("", "the variant of the reward model to please, reward-NAME.pt")
-    max_steps: int = option(28, "iterations: rollout, then update", low=1)
+    max_steps: int = option(36, "iterations: rollout, then update", low=1)
     batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step", low=1)
     micro_batch_size: int = option(64, "responses a process computes at once", low=1)
@@ -204,7 +204,9 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
     totals, done = dict(policy_loss=0.0, value_loss=0.0, clip_fraction=0.0, approx_kl=0.0), 0
     minibatches = [order[i:i + config.minibatch_size] for order in [rng.permutation(len(rows)) for _ in
                    range(config.epochs)] for i in range(0, len(rows), config.minibatch_size)]
+    lengths = np.array([len(r["prompt"]) + len(r["response"]) for r in rows])
     for chosen in minibatches:
+        chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]  # like lengths share a micro-batch: less padding
         n_tokens = mask[chosen].sum()  # of the whole minibatch, whoever computes its rows
 
         def prepare(part):

@@ -52,7 +52,7 @@ class PrepareConfig(RunConfig):
     near_duplicate: float = option(0.8, "cleaning: Jaccard similarity from which documents are duplicates",
                                    low=0.1, high=1.0)
     n_demonstrations: int = option(900, "prompt–response pairs for sft.py", low=1)
-    n_prompts: int = option(4000, "prompts for reward.py and ppo.py", low=2)
+    n_prompts: int = option(5400, "prompts for reward.py and ppo.py", low=2)
     compare_share: float = option(0.75, "share of them that reward.py collects comparisons on", low=0.01, high=0.99)
     n_eval: int = option(600, "held-out prompts for the scorecard", low=1)
     wrong: float = option(0.2, "share of demonstrations that are inaccurate, as some of people's are", low=0, high=1)

@@ -23,13 +23,13 @@ from prepare import bits_per_byte, load_tokenizer, load_tokens, scorecard
 @dataclass
 class PretrainConfig(ModelConfig, TrainConfig):
     table = "pretrain"
-    max_steps: int = option(560, "optimizer steps", low=1)
+    max_steps: int = option(900, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
     micro_batch_size: int = option(16, "sequences a process computes at once; the rest is accumulated", low=1)
     learning_rate: float = option(3e-3, "peak rate of AdamW (embeddings, norms)", low=0)
     muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
-    eval_every: int = option(140, "steps between evaluations and checkpoints", low=1)
+    eval_every: int = option(300, "steps between evaluations and checkpoints", low=1)
     compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
 
 

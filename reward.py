@@ -50,7 +50,7 @@ class RewardConfig(TrainConfig):
     n_samples: int = option(4, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
     n_reward_layer: int = option(2, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
-    epochs: int = option(4, "passes over the rankings", low=1)
+    epochs: int = option(3, "passes over the rankings", low=1)
     micro_batch_size: int = option(16, "prompts a process computes at once, each with all its responses", low=1)
     muon_learning_rate: float = option(0.01, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
@@ -60,6 +60,8 @@ class RewardConfig(TrainConfig):
         for step in self.steps.split(","):
             if step not in ("sample", "rank", "train"):
                 return f"--steps={self.steps}: {step!r} is none of sample, rank, train"
+        if self.name == "simulated":
+            return "--name=simulated is the simulated annotator's name: choose another"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from prepare import load_tokenizer, read_jsonl, render, scorecard
 class SFTConfig(TrainConfig):
     table = "sft"
     epochs: int = option(6, "passes over the demonstrations", low=1)
+    learning_rate: float = option(2e-3, "peak rate of AdamW", low=0)
     val_share: float = option(0.1, "share of the demonstrations held out for validation", low=0.001, high=0.5)
 
 
