@@ -39,8 +39,8 @@ class PPOConfig(TrainConfig):
     kl_coefficient: float = option(0.05, "β: reward lost per nat of log π/π_SFT", low=0)
     kl_target: float = option(0.0, "adapt β so that KL comes to this, in nats a response; 0: β stays", low=0)
     kl_horizon: float = option(10000.0, "with kl_target: responses over which β adapts", low=1)
-    kl_stop: float = option(0.0, "end an update when the policy is this far (in nats a token) from where the rollout "
-                                 "was sampled; 0: never", low=0)
+    kl_stop: float = option(0.0, "end an update at this distance from the sampling policy, in nats a token; 0: never",
+                            low=0)
     whiten_rewards: bool = option(False, "scale the rewards of each rollout to variance 1")
     ptx_coefficient: float = option(0.0, "γ of PPO-ptx: weight of pretraining's loss in the policy's", low=0)
     discount: float = option(1.0, "γ", low=0, high=1)

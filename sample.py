@@ -39,7 +39,7 @@ class SampleConfig(RunConfig):
     compare: bool = option(False, "show all stages side by side and write report.html")
     n_compare: int = option(8, "prompts to compare on", low=1)
     best_of: int = option(0, "the response that the reward model likes best of so many; 0: the first", low=0)
-    variant: str = option("", "the reward model to use: reward-NAME.pt")
+    reward: str = option("", "the variant of the reward model to use, reward-NAME.pt")
     overoptimize: str = option("", "variants of reward.py and ppo.py whose over-optimisation to measure and draw")
     n_overoptimize: int = option(128, "responses per prompt for its best-of-n", low=2)
     temperature: float = option(1.0, "0: always the likeliest token", low=0)
@@ -135,7 +135,7 @@ def answer(run, tokenizer, stage):
     """One answer to --prompt, or the best of several; a base model continues the text, for it knows no chat."""
     config, model = run.config, load_model(run, tokenizer, stage)
     if config.best_of:
-        reward_model = load_reward_model(run, tokenizer, config.variant)
+        reward_model = load_reward_model(run, tokenizer, config.reward)
         ids = best_of(model, reward_model, tokenizer, [dict(prompt=config.prompt)], run, config.best_of, 0)[0]
         print(tokenizer.text(ids))
     elif stage == "pretrain":
@@ -153,8 +153,8 @@ def compare(run, tokenizer):
     while len(records) < run.config.n_compare and any(kinds.values()):
         records += [some.pop(0) for some in kinds.values() if some]
     records, n = records[:run.config.n_compare], run.config.best_of
-    has_reward = run.config.variant or os.path.exists(run.path("reward.pt"))
-    reward_model = load_reward_model(run, tokenizer, run.config.variant) if has_reward else None
+    has_reward = run.config.reward or os.path.exists(run.path("reward.pt"))
+    reward_model = load_reward_model(run, tokenizer, run.config.reward) if has_reward else None
     answers = {stage: respond(load_model(run, tokenizer, stage), tokenizer, records, run, 9, run.config.temperature)
                for stage in STAGES if os.path.exists(run.path(stage + ".pt"))}
     if n and reward_model:
