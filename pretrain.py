@@ -17,7 +17,7 @@ import torch
 
 from model import (LanguageModel, ModelConfig, Optimizers, Run, TrainConfig, learning_rate_factor, load_checkpoint,
                    load_config, option)
-from prepare import bits_per_byte, load_tokenizer, load_tokens, scorecard
+from prepare import bits_per_byte, held_out_prompts, load_tokenizer, load_tokens, prompt_ids, scorecard
 
 
 @dataclass
@@ -82,6 +82,10 @@ def main():
         if len(tokens) < 2 * config.block_size + 2:
             raise SystemExit(f"train.bin has {len(tokens)} tokens, too few for --block_size={config.block_size}: "
                              "prepare more text or choose a smaller block_size")
+        longest = max((len(prompt_ids(tokenizer, r["prompt"])) for r in held_out_prompts(config.out_dir)), default=0)
+        if longest >= config.block_size:
+            raise SystemExit(f"--block_size={config.block_size}: a held-out prompt of {longest} tokens does not fit; "
+                             "choose a larger one")
         config.vocab_size = tokenizer.size
         model_config = ModelConfig(**{k: v for k, v in asdict(config).items() if k in ModelConfig.__dataclass_fields__})
         model = LanguageModel(model_config).to(run.device)

@@ -1,5 +1,6 @@
 """What several files of tests share: small models, float64 everywhere, gradients instead of steps."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -38,11 +39,13 @@ def tiny(model, seed=0, **shape):
     return model
 
 
-def ppo_run(**changes):
+def ppo_run(threads=1, **changes):
     """(run, config) of PPO in one process on a CPU, as ppo.py has them."""
     config = PPOConfig(**(dict(device="cpu", dtype="float32", epochs=1, minibatch_size=64, micro_batch_size=64)
                           | changes))
-    return Run(config, "ppo"), config
+    run = Run(config, "ppo", graceful=False)
+    run.threads, run.pool = threads, ThreadPoolExecutor(threads)
+    return run, config
 
 
 def gradients(model):

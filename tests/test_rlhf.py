@@ -1,4 +1,4 @@
-"""The mathematics of sft.py, reward.py and ppo.py against numbers worked out by hand, exact gradients, known optima."""
+"""The mathematics of sft.py, reward.py and ppo.py: numbers worked out by hand, and what must not change anything."""
 
 import itertools
 import math
@@ -12,10 +12,12 @@ import torch.nn as nn
 import ppo
 import reward
 import sft
+from helpers import Recorder, close, float64, gradients, ppo_run, tiny
 from model import (IGNORE, LanguageModel, ModelConfig, Optimizers, Run, RunConfig, ScalarModel, generate,
                    learning_rate_factor, pad)
-from ppo import gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten
+from ppo import (adapted_kl_coefficient, gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten)
 from prepare import Tokenizer, prompt_ids, rubric_score
+from sample import best_of_n_kl
 from reward import accuracies, all_pairs, group_ties, last_token_score, parse_ranking, ranking_loss, simulated_annotator
 
 torch.manual_seed(0)
@@ -23,23 +25,6 @@ torch.manual_seed(0)
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def close(found, expected, atol=1e-9):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-def tiny(model, seed=0, **shape):
-    """A small model with weights large enough to matter."""
-    torch.manual_seed(seed)
-    config = ModelConfig(**(dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, block_size=32, vocab_size=19)
-                            | shape))
-    model = model(config)
-    with torch.no_grad():
-        for p in model.model.parameters():
-            if p.dim() == 2:
-                p.mul_(4)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +266,75 @@ def test_reward_loss_adds_up_over_micro_batches():
     close(whole[1], single[1], 1e-4)
 
 
+def three_rankings():
+    return [ranking("a", ["xx", "y", "zzz"], [[2], [0, 1]]), ranking("b", ["u", "v"], [[1], [0]]),
+            ranking("c", ["k", "ll", "mmmm", "nn"], [[3], [2], [1], [0]])]
+
+
+def test_reward_loss_knows_differences_only():
+    """A constant added to all scores changes neither the loss of a batch nor its gradient, which is 0 for the constant
+    itself; with all scores equal each prompt costs ln 2, whatever its number of responses and ties."""
+    with float64():
+        model = tiny(ScalarModel, vocab_size=BYTES.size, block_size=64)
+        seen = []
+        for constant in (0.0, 11.0):
+            model.zero_grad()
+            model.score.bias.data.fill_(constant)
+            loss = reward.batch_loss(model, three_rankings(), BYTES, "cpu")
+            loss.backward()
+            seen.append(torch.cat([loss.detach()[None], gradients(model)]))
+            close(model.score.bias.grad, torch.zeros(1))
+        close(*seen)
+        assert seen[0][0] != pytest.approx(3 * math.log(2), abs=0.01)
+        model.score.weight.data.zero_()
+        close(reward.batch_loss(model, three_rankings(), BYTES, "cpu"), torch.tensor(3 * math.log(2)))
+
+
+def more_padding(sequences, value=0):
+    """As model.pad, but there is more of it, and other numbers than 0 stand in it; targets stay IGNORE."""
+    padded = pad(sequences, value if value == IGNORE else 7)
+    return torch.cat([padded, padded[:, :1] * 0 + (value if value == IGNORE else 5)], 1)
+
+
+def sft_figures():
+    ids, targets = sft.make_batch([sft.make_example(BYTES, [message("user", "a"), message("assistant", text)])
+                                   for text in ("b", "cdef", "ghijklmnopqrstuvw")], "cpu")
+    model = tiny(LanguageModel, vocab_size=BYTES.size, block_size=64)
+    loss = model(ids, targets).sum() / (targets != IGNORE).sum()
+    loss.backward()
+    return torch.cat([loss.detach()[None], gradients(model)])
+
+
+def reward_figures():
+    model = tiny(ScalarModel, vocab_size=BYTES.size, block_size=64)
+    loss = reward.batch_loss(model, three_rankings(), BYTES, "cpu")
+    loss.backward()
+    run, _ = ppo_run()
+    scores = reward.score_all(model, three_rankings(), BYTES, run)
+    return torch.cat([loss.detach()[None], gradients(model), torch.tensor(sum(scores, []))])
+
+
+def ppo_figures():
+    policy, reference, value, judge = (tiny(c, i) for i, c in enumerate([LanguageModel] * 2 + [ScalarModel] * 2))
+    run, config = ppo_run(minibatch_size=4)
+    responses, _ = rollout(policy, 1.0)
+    rows = ppo.score_rollout(run, config, SimpleNamespace(end=0), (policy, reference, value, judge), PROMPTS, responses)
+    recorders = Recorder(policy), Recorder(value)
+    figures = ppo.ppo_step(run, config, (policy, value), recorders, rows, 0, 1.0, np.random.default_rng(0), 0.1)
+    return torch.cat([torch.tensor(list(map(float, figures.values()))), *recorders[0].seen, *recorders[1].seen,
+                      torch.tensor([x for r in rows for x in (r["score"], *r["old"], *r["ref"], *r["values"])])])
+
+
+@pytest.mark.parametrize("stage, figures_of", [(sft, sft_figures), (reward, reward_figures), (ppo, ppo_figures)])
+def test_padding_changes_nothing(monkeypatch, stage, figures_of):
+    """What stands after the end of a row, and how much of it, changes no loss, gradient, score or figure of any stage
+    (catches masks built and not used, means over padding, an unmasked entropy, a reward read at the last column)."""
+    with float64():
+        plain = figures_of()
+        monkeypatch.setattr(stage, "pad", more_padding)
+        close(figures_of(), plain)
+
+
 RUBRIC = dict(rude=["fool"], decline=["sorry"], kind=["instead"], min_words=1, max_words=6, unsafe=False,
               mentions=["fox"], truths=["red"], wrong=["blue"])
 
@@ -380,6 +434,28 @@ def test_whiten():
     assert masked_mean(x, mask).item() == pytest.approx(x[mask].mean().item(), abs=1e-12)
 
 
+def test_whitening_rewards_keeps_the_mean():
+    """Without shift_mean, (x - μ)/σ + μ: variance 1 and the mean that was, by hand and over the mask alone."""
+    x, mask = f64([1, 3, 77], [5, 77, 77]), torch.tensor([[True, True, False], [True, False, False]])
+    s = (8 / 3) ** 0.5                                                          # of 1, 3, 5, whose mean is 3
+    close(whiten(x, mask, shift_mean=False), f64([-2 / s + 3, 3, 0], [2 / s + 3, 0, 0]), 1e-8)
+    close(whiten(x, mask), f64([-2 / s, 0, 0], [2 / s, 0, 0]), 1e-8)
+
+
+def test_adaptive_kl_coefficient_by_hand():
+    """β .15 with a KL of 12 at a target of 6, after 512 of 10,000 responses: .151536; the error is clipped to ± .2, and
+    on target nothing moves."""
+    assert adapted_kl_coefficient(0.15, 12, 6, 512, 10000) == pytest.approx(0.151536, abs=1e-12)
+    assert adapted_kl_coefficient(0.15, 0, 6, 512, 10000) == pytest.approx(0.15 * (1 - 0.2 * 0.0512), abs=1e-12)
+    assert adapted_kl_coefficient(0.15, 6.6, 6, 512, 10000) == pytest.approx(0.15 * (1 + 0.1 * 0.0512), abs=1e-12)
+    assert adapted_kl_coefficient(0.15, 6, 6, 512, 10000) == 0.15
+
+
+def test_best_of_n_kl_by_hand():
+    """Best of 4 is ln 4 - 3/4 = .6363 nats away from the model it samples from, best of 1 not at all."""
+    assert best_of_n_kl(4) == pytest.approx(0.6363, abs=5e-5) and best_of_n_kl(1) == 0
+
+
 PROMPTS = [[5, 6, 7], [1], [2, 3, 4, 5, 6, 7, 8], [9, 9], [11, 12, 13, 14], [1, 2]]
 
 
@@ -426,27 +502,15 @@ def test_rows_of_a_batch_are_independent():
                 close(x[i, :len(r)] if x.dim() == 2 else x[i], z, 1e-5)
 
 
-def ppo_settings(**changes):
-    return SimpleNamespace(**(dict(
-        temperature=1.0, kl_coefficient=0.1, discount=1.0, gae_lambda=0.95, policy_clip=0.2, value_clip=0.2,
-        missing_end_penalty=1.0, epochs=1, kl_stop=0.0, whiten_rewards=False, ptx_coefficient=0.0,
-        minibatch_size=6, micro_batch_size=6, gradient_clip=1.0) | changes))
-
-
-def one_process():
-    return Run(RunConfig(device="cpu", dtype="float32"), "test", graceful=False)
-
-
 def update(rate=1e-2, **changes):
-    """One call of ppo_step on a rollout; returns its figures, the policy's and the value function's parameters."""
+    """One call of ppo_step on a rollout; returns its figures, its rows, and policy and value function as vectors."""
     policy, reference, value, judge = (tiny(c, seed) for c, seed in (
         (LanguageModel, 0), (LanguageModel, 1), (ScalarModel, 2), (ScalarModel, 3)))
-    config, run = ppo_settings(**changes), one_process()
+    run, config = ppo_run(**changes)
     responses, _ = rollout(policy, config.temperature)
     rows = ppo.score_rollout(run, config, SimpleNamespace(end=0), (policy, reference, value, judge), PROMPTS, responses)
     optimizers = [Optimizers(m, rate, betas=(0.9, 0.999), eps=1e-5) for m in (policy, value)]
-    figures = ppo.ppo_step(run, config, (policy, value), optimizers, rows, 0, 1.0, np.random.default_rng(0),
-                           config.kl_coefficient, torch.arange(400).numpy() % 19)
+    figures = ppo.ppo_step(run, config, (policy, value), optimizers, rows, 0, 1.0, np.random.default_rng(0), 0.1)
     return figures, rows, [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (policy, value)]
 
 
@@ -459,13 +523,75 @@ def test_first_minibatch_is_on_policy():
     assert update(epochs=6)[0]["approx_kl"] > 1e-4
 
 
-def test_micro_batches_do_not_change_the_update():
-    """Whatever fits into memory at once, the update is the same: means are over the tokens of the whole minibatch."""
-    _, _, whole = update(epochs=2, rate=1e-3)
-    for size in (1, 4):
-        _, _, parts = update(epochs=2, rate=1e-3, micro_batch_size=size)
+@pytest.mark.parametrize("micro_batch_size, threads", [(1, 1), (4, 1), (2, 3)])
+def test_micro_batches_do_not_change_the_update(micro_batch_size, threads):
+    """Whatever fits into memory at once, and whoever computes it, the update is the same: means are over the tokens of
+    the whole minibatch (catches means of micro-batches' means)."""
+    with float64():
+        _, _, whole = update(epochs=2, rate=1e-3)
+        _, _, parts = update(epochs=2, rate=1e-3, micro_batch_size=micro_batch_size, threads=threads)
         for a, b in zip(whole, parts):
-            close(a, b, 2e-4)
+            close(a, b)
+
+
+def spied(monkeypatch, name):
+    """The arguments of each call of ppo.NAME, as they come."""
+    calls, function = [], getattr(ppo, name)
+    monkeypatch.setattr(ppo, name, lambda *given: calls.append(given) or function(*given))
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_ratio_is_1_at_the_first_minibatch(monkeypatch, temperature):
+    """The update's own ratio |π/π_old - 1| is below 1e-6 at every token of the first minibatch, and far from it later;
+    scores and updates pad in other ways (catches old log-probabilities of another temperature or another model)."""
+    calls = spied(monkeypatch, "policy_loss")
+    update(temperature=temperature, epochs=2, micro_batch_size=2)
+    ratios = [(new - old).exp().sub(1).abs().max().item() for new, old, _, _ in calls]
+    assert len(ratios) == 6 and max(ratios[:3]) < 1e-6 and min(ratios[3:]) > 1e-3
+
+
+def test_advantages_are_whitened_over_the_whole_rollout(monkeypatch):
+    """The advantages of all minibatches together have mean 0 and variance 1, and those of a single one have not
+    (catches whitening by minibatch, by micro-batch, or over padding)."""
+    calls = spied(monkeypatch, "policy_loss")
+    _, rows, _ = update(minibatch_size=2, micro_batch_size=1)
+    each, n = [A for _, _, A, _ in calls], sum(len(r["response"]) for r in rows)
+    assert len(each) == 6 and sum((A != 0).sum().item() for A in each) == n
+    assert sum(A.sum().item() for A in each) / n == pytest.approx(0, abs=1e-6)
+    assert sum((A ** 2).sum().item() for A in each) / n == pytest.approx(1, abs=1e-5)
+    assert min(abs(A.sum().item()) / (A != 0).sum().item() for A in each) > 0.01
+
+
+def hand_rows():
+    """One response that ended, and one that was cut off."""
+    return [dict(prompt=[3], response=[5, 0], score=0.7, ended=True, old=[-1.0, -0.5], ref=[-1.2, -0.1],
+                 values=[0.1, 0.2]),
+            dict(prompt=[3, 4], response=[5, 6, 7, 8], score=0.4, ended=False, old=[-2.0, -1.0, -0.25, -3.0],
+                 ref=[-1.0, -1.5, -0.25, -2.0], values=[0.3, -0.1, 0.0, 0.2])]
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_rewards_of_an_update_by_hand(monkeypatch, whitened):
+    """The whole reward tensor that ppo_step hands to GAE, of an ended and of a truncated response: β·KL at each token,
+    the score at the last, less the penalty where the end is missing; whitened rewards keep their mean."""
+    run, config = ppo_run(missing_end_penalty=1.5, whiten_rewards=whitened)
+    calls = spied(monkeypatch, "gae")
+    policy, value = tiny(LanguageModel), tiny(ScalarModel)
+    with float64():
+        figures = ppo.ppo_step(run, config, (policy, value), (Recorder(policy), Recorder(value)), hand_rows(), 0, 1.0,
+                               np.random.default_rng(0), 0.1)
+    (rewards, values, mask, discount, lam), = calls
+    expected = np.zeros(rewards.shape)
+    expected[0, :2], expected[1, :4] = (-0.02, 0.04 + 0.7), (0.1, -0.05, 0, 0.1 + 0.4 - 1.5)
+    assert mask.sum(1).tolist() == [2, 4] and mask[1, :4].all() and (discount, lam) == (1.0, 0.95)
+    if whitened:
+        x = expected[mask.numpy()]
+        expected[mask.numpy()] = (x - x.mean()) / (x.var() + 1e-8) ** 0.5 + x.mean()
+    close(rewards, torch.from_numpy(expected))
+    close(values[1, :4], f64(0.3, -0.1, 0.0, 0.2))
+    assert figures["reward"] == pytest.approx(0.55) and figures["kl"] == pytest.approx((-0.2 - 1.5) / 2)
+    assert figures["length"] == 3 and figures["ended"] == 0.5
 
 
 def test_figures_of_an_update():
@@ -478,73 +604,3 @@ def test_figures_of_an_update():
     assert figures["length"] == pytest.approx(np.mean([len(row["response"]) for row in rows]))
     assert figures["reward"] == pytest.approx(np.mean([row["score"] for row in rows]))
     assert figures["ended"] == np.mean([row["response"][-1] == 0 for row in rows]) and 0 < figures["ended"] < 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO: exact gradient, known optimum
-
-def test_ppo_gradient_is_exact():
-    """Over every response of up to two of five words, PPO's gradient, weighted by π(y), is the gradient of
-    J = Σ π(y) [r(y) - β log π(y)/π_ref(y)] (catches k3 as reward, a KL that is clamped, averaged, or missing at the
-    end, and a reward at the wrong token). Word 4 ends a response."""
-    V, end, beta = 5, 4, 0.3
-    rng = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    sequences = [(end,)] + [y for y in itertools.product(range(V), repeat=2) if y[0] != end]
-    first = torch.tensor([y[0] for y in sequences])                                             # (21,)
-    second = torch.tensor([y[1] if len(y) > 1 else 0 for y in sequences])
-    mask = torch.tensor([[True, len(y) > 1] for y in sequences])
-    scores = random(len(sequences))
-
-    def logprobs(table):  # row 0: the first word; row 1 + y1: the second one after y1
-        log_p = table.log_softmax(-1)
-        return torch.stack([log_p[0, first], log_p[1 + first, second] * mask[:, 1]], 1)         # (21, 2)
-
-    theta, ref = random(1 + V, V).requires_grad_(), logprobs(random(1 + V, V))
-    new = logprobs(theta)
-    pi = new.sum(1).exp()
-    assert pi.sum().item() == pytest.approx(1, abs=1e-12)
-    J = (pi * (scores - beta * (new - ref).sum(1))).sum()
-    expected, = torch.autograd.grad(J, theta, retain_graph=True)
-
-    old, value = new.detach(), random(1 + V)                     # any function of the state before a token may be V
-    values = torch.stack([value[0].expand(len(sequences)), value[1 + first]], 1)
-    rewards = token_rewards(scores, old, ref, mask, beta)
-    advantages, _ = gae(rewards, values, mask, 1.0, 1.0)
-    surrogate = (pi.detach()[:, None] * policy_loss(new, old, advantages, 0.2) * mask).sum()
-    found, = torch.autograd.grad(surrogate, theta)
-    assert expected.abs().max() > 0.05
-    close(-found, expected)
-
-
-def test_ppo_finds_the_known_optimum():
-    """A two-armed bandit trained by PPO's own functions ends at π* ∝ π_ref exp(r/β): .7311 for r = (1, 0), β = 1."""
-    torch.manual_seed(0)
-    policy, value = nn.Module(), nn.Module()
-    policy.table, value.table = nn.Parameter(torch.zeros(1, 2)), nn.Parameter(torch.zeros(1, 1))
-    optimizers = [Optimizers(m, rate, betas=(0.9, 0.999), eps=1e-5) for m, rate in ((policy, 0.02), (value, 0.05))]
-    reward_of, ref, steps, B = torch.tensor([1.0, 0.0]), math.log(0.5), 120, 512
-    mask, distances = torch.ones(B, 1, dtype=torch.bool), []
-    for step in range(steps):
-        with torch.no_grad():
-            arm = torch.multinomial(policy.table.softmax(-1)[0], B, replacement=True)
-            old = policy.table.log_softmax(-1)[0, arm][:, None]                                 # (B, 1)
-            old_values = value.table.expand(B, 1).clone()
-            rewards = token_rewards(reward_of[arm], old, torch.full_like(old, ref), mask, 1.0)
-            advantages, returns = gae(rewards, old_values, mask)
-            advantages = whiten(advantages, mask)
-        for _ in range(2):
-            for part in torch.randperm(B).chunk(2):
-                new = policy.table.log_softmax(-1)[0, arm[part]][:, None]
-                policy_loss(new, old[part], advantages[part], 0.2).mean().backward()
-                value_loss(value.table.expand(len(part), 1), old_values[part], returns[part], 0.2).mean().backward()
-                for optimizer in optimizers:
-                    optimizer.step(learning_rate_factor(step, steps))
-        log_p = policy.table.detach().log_softmax(-1)[0]
-        distances.append((log_p.exp() * (log_p - torch.tensor([0.7311, 0.2689]).log())).sum().item())
-    assert log_p[0].exp().item() == pytest.approx(0.7311, abs=0.02)
-    assert distances[-1] < 1e-3 < distances[0]
-    assert value.table.item() == pytest.approx(0.6201, abs=0.03)      # V learns J* = log Z
