@@ -14,7 +14,6 @@ It changes nothing but report.html, and the scorecard's row of best-of-n.
 
 import codecs
 import html
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -308,18 +307,19 @@ def write_report(run, rows, card):
         f"<h3>{html.escape(prompt)}</h3><table><tr><th>stage<th>response<th>reward model<th>rubric</tr>" + "".join(
             f"<tr><td>{stage}<td>{html.escape(text)}<td>{number(proxy)}<td>{number(gold)}</tr>"
             for stage, text, proxy, gold in answers) + "</table>" for prompt, answers in rows)
-    other = {stage: figures for stage, figures in card.items() if "gold" not in figures}
+    other = "\n".join(f"{stage:10} {name.replace('_', ' '):20} {value}" for stage, figures in card.items()
+                      for name, value in figures.items() if "gold" not in figures)
     if os.path.exists(run.path("overoptimize.svg")):
         with open(run.path("overoptimize.svg"), encoding="utf-8") as f:
             charts += ["<h2>Over-optimisation</h2>", f.read()]
     title = html.escape(run.config.out_dir)
     write_file(run.path("report.html"), f"""<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse; width: 100% }} td:nth-child(2) {{ width: 70% }} svg text {{ font: 12px sans-serif }}
-td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }} pre {{ background: #f4f4f4; padding: 1em }}
+<style>body {{ font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse; width: 100% }} td:nth-child(2) {{ width: 70% }}
+td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }} pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}
 </style><h1>{title}</h1><h2>Scorecard</h2><pre>{html.escape(scorecard_table(card))}
 
-{html.escape(json.dumps(other, indent=1))}</pre><h2>Curves</h2>{"".join(charts)}
+{html.escape(other)}</pre><h2>Curves</h2>{"".join(charts)}
 <h2>The same prompts at every stage</h2>{samples}
 """)
 
