@@ -754,9 +754,10 @@ class Run:
         return checkpoint
 
     def save(self, name, step, best=None, **more):
-        """Write a checkpoint by way of a temporary file: killed at any instant, a whole one is there."""
+        """Write a checkpoint by way of a temporary file: killed at any instant, a whole one is there, and once this
+        returns, every process finds it."""
         if not self.main:
-            return
+            return self.barrier()
         path = self.path(name)
         checkpoint = dict({part: it.state_dict() for part, it in self.saved.items()}, step=step, best=best,
                           model_config=dataclasses.asdict(self.saved["model"].model.config),
@@ -773,6 +774,7 @@ class Run:
                 os.remove(path + ".tmp")
             raise SystemExit(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; "
                              "an earlier file of that name is untouched")
+        self.barrier()
 
 
 def keep(path):

@@ -316,7 +316,8 @@ def write_report(run, rows, card):
     write_file(run.path("report.html"), f"""<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px/1.5 sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em }}
 table {{ border-collapse: collapse; width: 100% }} td:nth-child(2) {{ width: 70% }}
-td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }} pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}
+td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }}
+pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}
 </style><h1>{title}</h1><h2>Scorecard</h2><pre>{html.escape(scorecard_table(card))}
 
 {html.escape(other)}</pre><h2>Curves</h2>{"".join(charts)}
