@@ -363,16 +363,17 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
 # Optimizer
 
 def newton_schulz(g, steps=5):
-    """Push the singular values of each matrix in g (..., R, C) towards 1 (Jordan et al. 2024, "Muon").
+    """Push the singular values of each matrix in g (N, R, C) towards 1 (Jordan et al. 2024, "Muon").
 
     Each step applies the odd polynomial a·x + b·x³ + c·x⁵ to the singular values, by matrix products alone."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
+    x = g.mT.contiguous() if tall else g
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         s = x @ x.mT
-        x = a * x + (b * s + c * s @ s) @ x
+        s = torch.baddbmm(s, s, s, beta=b, alpha=c)  # b·s + c·s²
+        x = torch.baddbmm(x, s, x, beta=a)           # a·x + s·x
     return x.mT if tall else x
 
 
@@ -542,6 +543,36 @@ def load_config(cls, doc, argv=None):
     return config
 
 
+def matrix_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product on this device: the ceiling that MFU refers to."""
+    n = 512 if device.type == "cpu" else 4096
+    a, best = torch.randn(n, n, device=device).to(dtype), 0.0
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(8):
+            b = a @ a
+        b[0, 0].item()  # waits until the device is done
+        best = max(best, 8 * 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def choose_dtype(device, wanted):
+    """(dtype of the matrix products, the reason in words). Many processors that know bfloat16 are slower with it."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "as asked"
+    if device.type == "cpu":
+        ratio = matrix_rate(device, torch.bfloat16) / matrix_rate(device, torch.float32)
+        return (torch.bfloat16 if ratio > 1.3 else torch.float32), f"bfloat16 products are {ratio:.1f} times as fast"
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return (torch.bfloat16 if native else torch.float32), f"the device has {'' if native else 'no '}native bfloat16"
+
+
+def single_thread():
+    """What a thread of the pool begins with: it shares no work with others."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
 class Run:
     """One process of a running stage: its place among the processes, its device, the log, the request to stop.
 
@@ -560,17 +591,13 @@ class Run:
         if not available[kind]:
             raise SystemExit(f"--device={kind}: this machine has none; use --device=auto")
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-        has_bf16 = (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                    or kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" or config.dtype == "auto" and has_bf16 \
-            else torch.float32
+        self.dtype, self.why = choose_dtype(self.device, config.dtype)
         torch.manual_seed(config.seed)
         torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
         # On a CPU each thread computes micro-batches of its own: small matrices are not worth sharing among threads.
         alone = kind == "cpu" and self.world == 1 and graceful and not getattr(config, "compile", False)
         self.threads = THREADS if alone else 1
-        self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_flush_denormal, initargs=(True,))
-        torch.set_num_threads(1 if alone else THREADS)
+        self.pool = ThreadPoolExecutor(self.threads, initializer=single_thread)
         torch.set_float32_matmul_precision("high")
 
     def __enter__(self):
@@ -578,12 +605,14 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.sum(float(self.dtype == torch.float32)) > 0:  # all of them alike
+                self.dtype = torch.float32
         for name in (signal.SIGINT, signal.SIGTERM) if self.graceful else ():
             signal.signal(name, self.request_stop)
         os.makedirs(self.config.out_dir, exist_ok=True)
         if self.main:
             settings, threads = dataclasses.asdict(self.config), max(self.threads, torch.get_num_threads())
-            print(f"{self.stage}: {self.device.type}, {str(self.dtype)[6:]}, {self.world} process(es), "
+            print(f"{self.stage}: {self.device.type}, {str(self.dtype)[6:]} ({self.why}), {self.world} process(es), "
                   f"{threads} thread(s)\n  " + ", ".join(f"{k}={v}" for k, v in settings.items()))
             self.write_log(dict(stage=self.stage, config=settings))
         return self

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model import (LanguageModel, ModelConfig, Optimizers, Run, TrainConfig, learning_rate_factor, load_checkpoint,
-                   load_config, option)
+                   load_config, matrix_rate, option)
 from prepare import bits_per_byte, held_out_prompts, load_tokenizer, load_tokens, prompt_ids, scorecard
 
 
@@ -50,19 +50,6 @@ def get_batch(tokens, step, config):
     return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
-def matrix_rate(device, dtype):
-    """Floating-point operations per second of a large matrix product on this device: the ceiling that MFU refers to."""
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(6):
-        start = time.perf_counter()
-        for _ in range(4):
-            b = a @ a
-        b[0, 0].item()
-        best = max(best, 4 * 2 * 1024**3 / (time.perf_counter() - start))
-    return best
-
-
 def flops_per_token(model, T):
     """Multiply-adds of forward and backward pass, counted as in Chowdhery et al. 2022 (PaLM), appendix B: 6 for each
     weight in a matrix product and 12·n_layer·C·T for attention."""
@@ -94,7 +81,7 @@ def main():
         step, best = checkpoint["step"], checkpoint["best"]
         trained = run.wrap(torch.compile(model) if config.compile else model)
         flops = flops_per_token(model, config.block_size)
-        peak = matrix_rate(run.device, run.dtype) * run.world * run.threads
+        peak = matrix_rate(run.device, run.dtype) * run.world
         if run.main:
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "

@@ -47,8 +47,9 @@ sys.path.insert(0, ROOT)
 
 import ppo as ppo_stage
 import prepare
-from model import THREADS, LanguageModel, ModelConfig, Optimizers, Run, ScalarModel, generate, learning_rate_factor
-from pretrain import PretrainConfig, flops_per_token, get_batch, matrix_rate
+from model import (THREADS, LanguageModel, ModelConfig, Optimizers, Run, ScalarModel, generate, learning_rate_factor,
+                   matrix_rate)
+from pretrain import PretrainConfig, flops_per_token, get_batch
 
 SHAPES = dict(S=dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_inner=384, block_size=256, vocab_size=2048,
                      batch_size=16),
