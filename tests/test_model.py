@@ -345,7 +345,7 @@ def test_epoch_batches():
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
-@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (3, 12, 20)])
+@pytest.mark.parametrize("shape", [(1, 24, 24), (1, 40, 16), (1, 16, 40), (3, 12, 20)])
 def test_newton_schulz_flattens_singular_values(shape):
     """Orthogonalisation brings singular values near 1 and keeps the singular vectors, for wide, tall and stacked."""
     torch.manual_seed(0)

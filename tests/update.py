@@ -13,17 +13,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import ppo
 import reward
 import sft
-from helpers import Recorder, float64, gradients, tiny
+from helpers import Digits, Recorder, float64, gradients, tiny
 from model import IGNORE, LanguageModel, Run, ScalarModel
 from ppo import PPOConfig
-
-
-class Digits:
-    """A tokenizer that knows digits only."""
-    end, start, size = 0, 18, 19
-
-    def encode(self, text):
-        return [int(c) + 1 for c in text if c.isdigit()]
 
 
 def update(path):
