@@ -47,6 +47,8 @@ class PrepareConfig(RunConfig):
     prompts: str = option("", 'with text: a .jsonl of {"prompt"} for reward.py and ppo.py')
     vocab_size: int = option(1280, "tokens, the three special ones included", low=259, high=2**31 - 1)
     val_share: float = option(0.05, "share of the documents held out for validation", low=0.0001, high=0.5)
+    val_tail: bool = option(False, "hold out the end of the text, not documents from all over it")
+    cleaning: bool = option(True, "repair the text and remove bad documents and duplicates; false: take it as it is")
     min_words: int = option(8, "cleaning: shorter documents are removed", low=1)
     blocked_words: str = option("scum,vermin", "cleaning: a document with one of these words is removed")
     near_duplicate: float = option(0.8, "cleaning: Jaccard similarity from which documents are duplicates",
@@ -363,6 +365,10 @@ class NearDuplicates:
 
 def clean(documents, config):
     """Run (text, label) pairs through the pipeline; returns the kept texts and the report for data.json."""
+    if not config.cleaning:
+        kept = [raw for raw, _ in documents]
+        return kept, dict(documents_read=len(kept), bytes_read=sum(len(t.encode()) for t in kept), documents_repaired=0,
+                          rules={}, documents_kept=len(kept), against_the_world=None)
     rules = quality_rules(config.min_words, config.blocked_words)
     near, hashes, kept = NearDuplicates(config.near_duplicate), set(), []
     report = {name: dict(removed=0, bytes=0, examples=[]) for name in [*rules, "exact duplicate", "near duplicate"]}
@@ -396,6 +402,20 @@ def clean(documents, config):
                  by_kind={k: f"{caught[k]} of {n}" for k, n in sorted(spoiled.items()) if k}) if bad else None
     return kept, dict(documents_read=read, bytes_read=read_bytes, documents_repaired=repaired, rules=report,
                       documents_kept=len(kept), against_the_world=known)
+
+
+def split(texts, config):
+    """Texts for training and for validation. A document's text alone decides its side: no order, no later addition
+    moves it across. With val_tail it is the end of the whole text, as is usual for a single book."""
+    sides = dict(train=[], val=[])
+    if config.val_tail:
+        whole = "\n\n".join(texts)
+        cut = round(len(whole) * (1 - config.val_share))
+        return dict(train=[whole[:cut]], val=[whole[cut:]])
+    for text in texts:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, salt=str(config.seed).encode()[:16]).digest()
+        sides["val" if int.from_bytes(digest, "big") < config.val_share * 2**64 else "train"].append(text)
+    return sides
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -732,11 +752,7 @@ def main():
             print(f"the world spoiled some pages on purpose: recall {known['recall']:.1%}, precision "
                   f"{known['precision']:.1%} (" + ", ".join(f"{k} {v}" for k, v in known["by_kind"].items()) + ")")
 
-        # A document's text alone decides its side: no order, no later addition moves it across.
-        sides = dict(train=[], val=[])
-        for text in kept:
-            digest = hashlib.blake2b(text.encode(), digest_size=8, salt=str(config.seed).encode()[:16]).digest()
-            sides["val" if int.from_bytes(digest, "big") < config.val_share * 2**64 else "train"].append(text)
+        sides = split(kept, config)
         if not sides["train"] or not sides["val"]:
             raise SystemExit(f"{len(kept)} documents are left after cleaning, too few to hold some out: give more "
                              "text, or split it into documents with lines of <|endoftext|>")
@@ -752,7 +768,7 @@ def main():
             flat = np.concatenate([np.array(i + [tokenizer.end_of_text], dtype) for i in ids])
             flat.tofile(run.path(side + ".bin.tmp"))
             n_bytes = sum(len(t.encode()) for t in texts)
-            written[side] = dict(documents=len(texts), bytes=n_bytes, tokens=len(flat))
+            written[side] = dict(documents=len(texts), bytes=n_bytes, characters=sum(map(len, texts)), tokens=len(flat))
             print(f"{side}: {len(texts):,} documents, {n_bytes / 1e6:.2f} MB, {len(flat):,} tokens, "
                   f"{n_bytes / len(flat):.2f} bytes a token")
         histogram = np.bincount(np.frombuffer("".join(sides["val"]).encode(), np.uint8), minlength=256)

@@ -9,6 +9,7 @@ It reads train.bin and val.bin of the run folder and writes pretrain.pt (the bes
 the next stage) and pretrain.last.pt (where --resume goes on).
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -88,6 +89,7 @@ def main():
                   f"matrix products reach {peak / 1e9:.0f} GFLOP/s here")
 
         n_targets = config.batch_size * config.block_size
+        nats = math.log(2) * data["val"]["bytes"] / data["val"]["characters"]  # a bit per byte in nats per character
         clock, last_logged = time.time(), step
         while step < config.max_steps:
             batch = get_batch(tokens, step, config).to(run.device)                              # (B, T+1)
@@ -109,7 +111,7 @@ def main():
                 model.eval()
                 bpb = bits_per_byte(model, run)
                 model.train()
-                run.log(step, f"step {step:5}  validation {bpb:.4f} bits per byte"
+                run.log(step, f"step {step:5}  validation {bpb:.4f} bits per byte, {bpb * nats:.4f} nats per character"
                         + (" (best so far)" if bpb < best else ""), bits_per_byte=bpb)
                 if bpb < best and (step % config.eval_every == 0 or last):  # not when stopped in between
                     best = bpb
@@ -120,7 +122,7 @@ def main():
                 run.stopped("pretrain.last.pt")
 
         model.load_state_dict(load_checkpoint(run.path("pretrain.pt"), "python pretrain.py")["model"])
-        figures = scorecard(run, "pretrain", model, tokenizer)
+        figures = scorecard(run, "pretrain", model, tokenizer, nats_per_character=round(best * nats, 4))
         if run.main:
             print(f"{data['byte_entropy'] / figures['bits_per_byte']:.1f} times below the entropy of single bytes "
                   f"({data['byte_entropy']:.2f} bits); next: python sft.py")

@@ -184,8 +184,9 @@ def test_terminal_session(sampled):
         assert r["ranking"] == [[order[shown] for shown in group] for group in groups]
         assert sorted(order) == [0, 1, 2] and r["annotator"] == "ann" and r["schema"] == 1 and not r["repeat"]
     assert len({tuple(r["display_order"]) for r in lines}) > 1          # shuffled
-    for sample in samples[:4]:                                          # and shown as text, whatever it holds
-        assert sample["prompt"] in out
+    for r in lines:                                                     # numbered in that order, as text
+        shown = "".join(f"   {i}  {r['responses'][index]['text']}\n" for i, index in enumerate(r["display_order"]))
+        assert f"{r['prompt']}\n{shown}" in out.replace(" […]", "").replace("  (flagged)", "")
 
     rank(out_dir, ["2>1>0"] * 4)
     assert [r["id"] for r in saved(out_dir)] == [s["id"] for s in samples[:8]]
