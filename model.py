@@ -561,7 +561,9 @@ def choose_dtype(device, wanted):
     if wanted != "auto":
         return getattr(torch, wanted), "as asked"
     if device.type == "cpu":
+        torch.set_num_threads(1)  # a busy second core would slow products on both, and decide by chance
         ratio = matrix_rate(device, torch.bfloat16) / matrix_rate(device, torch.float32)
+        torch.set_num_threads(THREADS)
         return (torch.bfloat16 if ratio > 1.3 else torch.float32), f"bfloat16 products are {ratio:.1f} times as fast"
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return (torch.bfloat16 if native else torch.float32), f"the device has {'' if native else 'no '}native bfloat16"

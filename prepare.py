@@ -1,7 +1,7 @@
 """Stage 0, data: text is made or read, cleaned, split and tokenised; prompts for the later stages are written.
 
     python prepare.py                               the tiny world of configs/world.toml, nothing to download
-    python prepare.py --text='books/*.txt'          your own text instead (.txt .md .jsonl, also .gz)
+    python prepare.py --text='books/*.txt'          your own text instead (.txt .md .json .jsonl .html, also .gz)
 
     documents → repair → quality rules → exact and near duplicates → split by document → BPE → *.bin
 
@@ -12,10 +12,15 @@ et al. 2020, "C4"; Lee et al. 2022, "Deduplicating training data makes language 
 
 import base64
 import binascii
+import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
 import heapq
+import html.parser
+import http.client
+import io
 import json
 import math
 import os
@@ -24,6 +29,8 @@ import re
 import time
 import tomllib
 import unicodedata
+import urllib.parse
+import urllib.request
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -42,10 +49,15 @@ class PrepareConfig(RunConfig):
     world: str = option("configs/world.toml", "the words and templates of the tiny world")
     creatures: int = option(12, "creatures that live in it", low=3, high=16)
     megabytes: float = option(3.0, "text that the world writes, before cleaning", low=0.01)
-    text: str = option("", "files to read instead of the world: a glob of .txt .md .jsonl, plain or .gz")
-    demonstrations: str = option("", 'with text: a .jsonl of {"prompt", "response"} or {"messages": […]} for sft.py')
-    prompts: str = option("", 'with text: a .jsonl of {"prompt"} for reward.py and ppo.py')
+    text: str = option("", "read this instead of the world: files, folders, globs, URLs, separated by commas")
+    text_field: str = option("text", "with text: the field of a .json or .jsonl file that holds it")
+    separator: str = option("<|endoftext|>", "with text: what ends a document in a text file; empty: a blank line")
+    demonstrations: str = option("", "with text: files of demonstrations for sft.py")
+    fields: str = option("prompt,response", "what their two fields are called, if they have no other known form")
+    comparisons: str = option("", "with text: files of replies that people have compared, for reward.py --rankings")
+    prompts: str = option("", 'with text: files of {"prompt"} for reward.py and ppo.py; default: the comparisons\'')
     vocab_size: int = option(1280, "tokens, the three special ones included", low=259, high=2**31 - 1)
+    bpe_megabytes: float = option(10.0, "the tokenizer is trained on a sample of this size", low=0.001)
     val_share: float = option(0.05, "share of the documents held out for validation", low=0.0001, high=0.5)
     val_tail: bool = option(False, "hold out the end of the text, not documents from all over it")
     cleaning: bool = option(True, "repair the text and remove bad documents and duplicates; false: take it as it is")
@@ -287,11 +299,13 @@ def world_prompts(world, creatures, config, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # Cleaning
 
+# Control, format, private and surrogate characters, except the line end, the tab and the joiners that some scripts need.
+STRAY = regex.compile(r"(?V1)[\p{Cc}\p{Cf}\p{Co}\p{Cs}--[\n\t\u200c\u200d]]+")
+
+
 def repair(text):
     """NFC, one kind of line end, no control or zero-width characters, no runs of blanks."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = "".join(ch for ch in text if ch in "\n\t" or ch in "\u200c\u200d"
-                   or unicodedata.category(ch) not in ("Cc", "Cf", "Co", "Cs"))
+    text = STRAY.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text))
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
 
@@ -329,93 +343,139 @@ def quality_rules(min_words, blocked_words):
 class NearDuplicates:
     """MinHash with locality-sensitive hashing (Broder 1997): finds texts that share most of their word triples.
 
-    The share of equal entries of two signatures estimates the Jaccard similarity of the sets; bands of a signature are
-    hashed, so that only texts that agree in a whole band are compared at all."""
+    The share of equal entries of two signatures estimates the Jaccard similarity of the sets. Each band of four entries
+    is hashed to a place in a table, where the last text with such a band stands: only texts that agree in a whole band
+    are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the table; where two meet in one place,
+    the earlier one gives way, which a duplicate survives as it agrees in many bands."""
 
-    def __init__(self, threshold, permutations=64, bands=16, seed=0):
+    def __init__(self, threshold, bands=16, seed=0):
         rng = np.random.default_rng(seed)
-        self.threshold, self.bands = threshold, bands
-        self.multiply = rng.integers(1, 2**63, permutations, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.add = rng.integers(0, 2**63, permutations, dtype=np.uint64)
-        self.buckets, self.signatures = [defaultdict(list) for _ in range(bands)], []
+        self.threshold, self.bands = threshold, np.arange(bands)
+        self.multiply = rng.integers(1, 2**63, 4 * bands, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.add = rng.integers(0, 2**63, 4 * bands, dtype=np.uint64)
+        self.n, self.signatures = 0, np.zeros((2**10, 4 * bands), np.uint16)
+        self.table = np.full((bands, 2**12), -1, np.int32)
 
     def signature(self, text):
-        """(permutations,) uint32: for each hash function its smallest value over the word triples of the text."""
+        """(64,) uint16: for each hash function the low half of its smallest value over the word triples of the text."""
         words = np.array([zlib.crc32(w.encode()) for w in re.findall(r"\w+", text.lower())], np.uint64)
         words = np.concatenate([words, np.zeros(max(0, 3 - len(words)), np.uint64)])
         triples = words[:-2] * np.uint64(0x9E3779B97F4A7C15) + words[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F) + words[2:]
         triples ^= triples >> np.uint64(29)
-        hashes = triples[:, None] * self.multiply + self.add                    # (triples, permutations)
-        return (hashes >> np.uint64(32)).min(0).astype(np.uint32)
+        smallest = np.full(len(self.add), 2**64 - 1, np.uint64)
+        for i in range(0, len(triples), 1024):  # of a book, a piece at a time
+            smallest = np.minimum(smallest, (triples[i:i + 1024, None] * self.multiply + self.add).min(0))
+        return (smallest >> np.uint64(32)).astype(np.uint16)
+
+    def places(self, signatures):
+        """(…, 64) uint16 → (…, bands): where in its row of the table each band belongs."""
+        bands = np.ascontiguousarray(signatures).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (bands >> np.uint64(40)) % np.uint64(self.table.shape[1])
 
     def seen(self, text):
         """Whether a text like this one has been seen; if not, remember it."""
         signature = self.signature(text)
-        keys = [band.tobytes() for band in signature.reshape(self.bands, -1)]
-        candidates = sorted({i for bucket, key in zip(self.buckets, keys) for i in bucket.get(key, ())})
-        if candidates:
-            similarity = (np.stack([self.signatures[i] for i in candidates]) == signature).mean(1)
-            if similarity.max() >= self.threshold:
-                return True
-        for bucket, key in zip(self.buckets, keys):
-            bucket[key].append(len(self.signatures))
-        self.signatures.append(signature)
+        places = self.places(signature)
+        candidates = self.table[self.bands, places]
+        candidates = candidates[candidates >= 0]
+        if len(candidates) and (self.signatures[candidates] == signature).mean(1).max() >= self.threshold:
+            return True
+        if self.n == len(self.signatures):  # full: twice the room, and the table anew
+            self.signatures = np.concatenate([self.signatures, np.zeros_like(self.signatures)])
+            self.table = np.full((len(self.bands), 2 * self.table.shape[1]), -1, np.int32)
+            for start in range(0, self.n, 4096):
+                chunk = np.arange(start, min(self.n, start + 4096), dtype=np.int32)
+                self.table[self.bands, self.places(self.signatures[chunk])] = chunk[:, None]
+            places = self.places(signature)
+        self.signatures[self.n], self.table[self.bands, places] = signature, self.n
+        self.n += 1
         return False
 
 
-def clean(documents, config):
-    """Run (text, label) pairs through the pipeline; returns the kept texts and the report for data.json."""
-    if not config.cleaning:
-        kept = [raw for raw, _ in documents]
-        return kept, dict(documents_read=len(kept), bytes_read=sum(len(t.encode()) for t in kept), documents_repaired=0,
-                          rules={}, documents_kept=len(kept), against_the_world=None)
+def clean(documents, config, report):
+    """Run (text, label) pairs through the pipeline: yields the texts to keep, and fills the report for data.json."""
     rules = quality_rules(config.min_words, config.blocked_words)
-    near, hashes, kept = NearDuplicates(config.near_duplicate), set(), []
-    report = {name: dict(removed=0, bytes=0, examples=[]) for name in [*rules, "exact duplicate", "near duplicate"]}
+    near, hashes = NearDuplicates(config.near_duplicate), set()
+    removed = {name: dict(removed=0, bytes=0, examples=[]) for name in [*rules, "exact duplicate", "near duplicate"]}
     spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
     for raw, label in documents:
-        text = repair(raw)
-        read, repaired = read + 1, repaired + (text != raw)
-        read_bytes += len(raw.encode("utf-8", "replace"))
-        words = text.split()
-        reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
-        if reason is None:
-            key = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=16).digest()
-            if key in hashes:
-                reason = "exact duplicate"
-            elif near.seen(text):
-                reason = "near duplicate"
-            hashes.add(key)
+        text, reason = repair(raw) if config.cleaning else raw, None
+        read, repaired, read_bytes = read + 1, repaired + (text != raw), read_bytes + len(raw.encode("utf-8", "replace"))
+        if config.cleaning:
+            words = text.split()
+            reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
+            if reason is None:
+                key = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=8).digest()
+                reason = "exact duplicate" if key in hashes else "near duplicate" if near.seen(text) else None
+                hashes.add(key)
         spoiled[label] += 1
         if reason is None:
-            kept.append(text)
+            yield text
             continue
         caught[label] += 1
-        entry = report[reason]
+        entry = removed[reason]
         entry["removed"] += 1
         entry["bytes"] += len(text.encode())
         if len(entry["examples"]) < 3:
             entry["examples"].append(text[:160])
     bad, found = sum(n for label, n in spoiled.items() if label), sum(n for label, n in caught.items() if label)
-    removed = sum(caught.values())
-    known = dict(recall=round(found / bad, 4), precision=round(found / max(1, removed), 4),
+    known = dict(recall=round(found / bad, 4), precision=round(found / max(1, sum(caught.values())), 4),
                  by_kind={k: f"{caught[k]} of {n}" for k, n in sorted(spoiled.items()) if k}) if bad else None
-    return kept, dict(documents_read=read, bytes_read=read_bytes, documents_repaired=repaired, rules=report,
-                      documents_kept=len(kept), against_the_world=known)
+    report.update(documents_read=read, bytes_read=read_bytes, documents_repaired=repaired, rules=removed,
+                  documents_kept=read - sum(caught.values()), against_the_world=known)
 
 
 def split(texts, config):
-    """Texts for training and for validation. A document's text alone decides its side: no order, no later addition
+    """(side, text) for each text: train or val. A document's text alone decides its side: no order, no later addition
     moves it across. With val_tail it is the end of the whole text, as is usual for a single book."""
-    sides = dict(train=[], val=[])
     if config.val_tail:
         whole = "\n\n".join(texts)
         cut = round(len(whole) * (1 - config.val_share))
-        return dict(train=[whole[:cut]], val=[whole[cut:]])
+        texts = []
+        yield from (("train", whole[:cut]), ("val", whole[cut:]))
     for text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=8, salt=str(config.seed).encode()[:16]).digest()
-        sides["val" if int.from_bytes(digest, "big") < config.val_share * 2**64 else "train"].append(text)
-    return sides
+        yield "val" if int.from_bytes(digest, "big") < config.val_share * 2**64 else "train", text
+
+
+def write_sides(texts, run, config):
+    """Write each text as a line of JSON into train.txt.tmp or val.txt.tmp, so that memory does not grow with them.
+    Returns what was written on each side, and how often each byte occurs in the validation text, (256,)."""
+    written = {side: dict(documents=0, bytes=0, characters=0) for side in ("train", "val")}
+    histogram = np.zeros(256, np.int64)
+    with contextlib.ExitStack() as stack:
+        files = {side: stack.enter_context(open(run.path(side + ".txt.tmp"), "w", encoding="utf-8")) for side in written}
+        for side, text in split(texts, config):
+            data = text.encode("utf-8", "replace")
+            files[side].write(json.dumps(text) + "\n")
+            for name, n in (("documents", 1), ("bytes", len(data)), ("characters", len(text))):
+                written[side][name] += n
+            if side == "val":
+                histogram += np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+    return written, histogram
+
+
+def read_side(run, side):
+    with open(run.path(side + ".txt.tmp"), encoding="utf-8") as f:
+        yield from map(json.loads, f)
+
+
+def encode_side(run, side, tokenizer, dtype):
+    """Text → ids, some megabytes at a time, on all cores; returns the number of tokens in SIDE.bin.tmp."""
+    n, some, size = 0, [], 0
+    with open(run.path(side + ".bin.tmp"), "wb") as f:
+        def write():
+            ids = tokenizer.encoding.encode_ordinary_batch(some, num_threads=os.cpu_count())
+            flat = np.concatenate([np.array([*i, tokenizer.end_of_text], dtype) for i in ids])
+            flat.tofile(f)
+            return len(flat)
+
+        for text in read_side(run, side):
+            some.append(text)
+            size += len(text)
+            if size > 4e6:
+                n, some, size = n + write(), [], 0
+        return n + (write() if some else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,7 +603,7 @@ def render(tokenizer, messages, reply=False):
 
 
 def prompt_ids(tokenizer, prompt):
-    return render(tokenizer, [dict(role="user", content=prompt)], reply=True)[0]
+    return render(tokenizer, as_user(prompt), reply=True)[0]
 
 
 def read_jsonl(path, command="python prepare.py"):
@@ -695,46 +755,323 @@ def scorecard_table(card):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What people have: text, demonstrations and comparisons in the usual formats
 
-def read_text(pattern):
-    """Documents of the files that match a glob: a .txt or .md is one document for each part between <|endoftext|>
-    markers, a .jsonl one for each line's "text"."""
-    paths = sorted(glob.glob(pattern, recursive=True))
-    if not paths:
-        raise SystemExit(f"--text={pattern} matches no file")
-    for path in paths:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="replace") as f:
-            if path.removesuffix(".gz").endswith(".jsonl"):
-                for number, line in enumerate(f, 1):
+class Problems:
+    """What could not be used: every kind is counted, the first few are named, and too many bad records are an error."""
+
+    def __init__(self):
+        self.counts, self.examples, self.records, self.bad = Counter(), [], 0, 0
+
+    def note(self, where, what, bad=True):
+        self.counts[what], self.bad = self.counts[what] + 1, self.bad + bad
+        if self.counts[what] <= 3:
+            self.examples.append(f"{where}: {what}")
+
+    def report(self):
+        """Print them; more than one bad record in twenty is more than an accident."""
+        for example in self.examples:
+            print(f"  {example}")
+        print("".join(f"  {what}: {n:,} in all\n" for what, n in self.counts.items() if n > 3), end="")
+        if self.bad > 0.05 * self.records:
+            raise SystemExit(f"{self.bad} of {self.records} records cannot be read: is it the right file, and do "
+                             "--text_field and --fields name what is in it?")
+
+
+def kind_of(path):
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def find_files(sources, folder):
+    """The files that a list of sources means: files, folders, globs and URLs, separated by commas."""
+    paths = []
+    for source in filter(None, map(str.strip, sources.split(","))):
+        if re.match(r"https?://", source):
+            found = [download(source, folder)]
+        elif os.path.isdir(source):
+            found = [p for p in sorted(glob.glob(os.path.join(glob.escape(source), "**"), recursive=True))
+                     if kind_of(p) in (".txt", ".md", ".json", ".jsonl", ".html", ".htm")]
+        else:
+            found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
+        if not found:
+            raise SystemExit(f"{source} matches no file")
+        paths += found
+    return paths
+
+
+def download(url, folder):
+    """Fetch a URL into a folder, unless it is there. A download that breaks off goes on where it stopped; the file gets
+    its name only when it is whole, and of the SHA-256 that may stand behind the URL as #sha256=…"""
+    url, _, digest = url.partition("#sha256=")
+    os.makedirs(folder, exist_ok=True)
+    name = os.path.basename(urllib.parse.urlparse(url).path) or "index.html"
+    path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:6]}-{name}")
+    part = path + ".part"
+    if os.path.exists(path):
+        return path
+    done = os.path.getsize(part) if os.path.exists(part) else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            done = done if response.status == 206 else 0  # else the server begins at the beginning
+            total = done + int(response.headers.get("Content-Length") or 0)
+            with open(part, "ab" if done else "wb") as f:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    done += len(block)
+                    print(f"\r  {name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ", end="", flush=True)
+            print()
+        if done < total:
+            raise OSError(f"broke off after {done} of {total} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) == 416:  # nothing is left to send: the part may be whole, or of another file
+            os.remove(part)
+        raise SystemExit(f"{url}: {error}; run the same command again, it goes on where it stopped")
+    if digest:
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if found != digest.lower():
+            os.remove(part)
+            raise SystemExit(f"{url}: its SHA-256 is {found}, not {digest}; the file was not kept")
+    os.replace(part, path)
+    return path
+
+
+def read_lines(path, problems):
+    """The lines of a text file, plain or .gz, one at a time, in UTF-8 or, if so marked, UTF-16. A line that is neither
+    is read as what the file declares, or as Latin-1, with a note."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            head = f.peek(2048)[:2048]
+            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield from io.TextIOWrapper(f, "utf-16", errors="replace")
+                return
+            declared = re.search(rb"(?:charset|encoding)=[\"']?([\w.-]+)", head)
+            other, noted = declared[1].decode() if declared else "latin-1", False
+            for number, line in enumerate(f):
+                try:
+                    yield line.decode("utf-8-sig" if number == 0 else "utf-8")
+                except UnicodeDecodeError:
+                    if not noted:
+                        problems.note(f"{path}, line {number + 1}", f"not UTF-8, read as {other}", bad=False)
+                        noted = True
                     try:
-                        yield json.loads(line)["text"], ""
-                    except (ValueError, KeyError, TypeError):
-                        raise SystemExit(f'{path}, line {number}: not a JSON object with a "text"')
-            else:
-                for part in f.read().split(SPECIAL[0]):
-                    yield part, ""
+                        yield line.decode(other)
+                    except (UnicodeDecodeError, LookupError):
+                        yield line.decode("latin-1")
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path} cannot be read: {error}")
 
 
-def own_prompts(config):
-    """Demonstrations and prompts from the user's files; the last n_eval prompts (a tenth at most) are held out."""
-    demonstrations = [r if "messages" in r else dict(messages=[dict(role="user", content=r["prompt"]),
-                      dict(role="assistant", content=r["response"])]) for r in
-                      (read_jsonl(config.demonstrations) if config.demonstrations else [])]
-    used = {r["messages"][0]["content"] for r in demonstrations}
-    prompts = {r["prompt"]: r for r in (read_jsonl(config.prompts) if config.prompts else [])}
-    prompts = [dict(r, id=f"p{i}") for i, r in enumerate(prompts.values()) if r["prompt"] not in used]
+def read_records(path, problems):
+    """(where, record) for each JSON object of a .jsonl file, or of the list that a .json file holds."""
+    if kind_of(path) == ".json":
+        try:
+            whole = json.loads("".join(read_lines(path, problems)))
+        except ValueError as error:
+            raise SystemExit(f"{path}: not JSON ({error})")
+        records = ((f"{path}, record {n}", r) for n, r in enumerate(whole if isinstance(whole, list) else [whole], 1))
+    else:
+        records = ((f"{path}, line {n}", line) for n, line in enumerate(read_lines(path, problems), 1) if line.strip())
+    for where, record in records:
+        problems.records += 1
+        try:
+            record = json.loads(record) if isinstance(record, str) else record
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            yield where, record
+        else:
+            problems.note(where, "not a JSON object")
+
+
+class HTMLText(html.parser.HTMLParser):
+    """What a page of HTML says: `self.text`, without markup, scripts and styles, block elements on lines of their own."""
+    SILENT = ("script", "style", "head", "noscript", "template", "svg")
+    INLINE = ("a", "abbr", "b", "cite", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub",
+              "sup", "tt", "u")
+
+    def __init__(self, page):
+        super().__init__()
+        self.text, self.silent = "", []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.text += "" if tag in self.INLINE else "\n"
+        self.silent += [tag] * (tag in self.SILENT)
+
+    def handle_endtag(self, tag):
+        self.text += "" if tag in self.INLINE else "\n"
+        if tag in self.silent:
+            self.silent.remove(tag)
+
+    def handle_data(self, data):
+        self.text += "" if self.silent else re.sub(r"\s+", " ", data)
+
+
+def cut_documents(lines, separator, longest=2**24):
+    """Lines → documents, which end at a separator, or, where that is empty, at blank lines; and in any case after so
+    many characters, so that a book of any length fits into memory."""
+    part, size = [], 0
+    for line in lines:
+        pieces = line.split(separator) if separator else [line] if line.strip() else ["", ""]
+        for i, piece in enumerate(pieces):
+            if i or size > longest:
+                yield "".join(part)
+                part, size = [], 0
+            part.append(piece)
+            size += len(piece)
+    yield "".join(part)
+
+
+def read_documents(paths, config, problems):
+    """(text, "") for each document of the files: parts of a .txt or .md, pages of HTML, records of JSON."""
+    for path in paths:
+        if kind_of(path) in (".json", ".jsonl"):
+            for where, record in read_records(path, problems):
+                if isinstance(record.get(config.text_field), str):
+                    yield record[config.text_field], ""
+                else:
+                    problems.note(where, f'no text in "{config.text_field}"')
+        elif kind_of(path) in (".html", ".htm"):
+            yield HTMLText("".join(read_lines(path, problems))).text, ""
+        else:
+            for text in cut_documents(read_lines(path, problems), config.separator):
+                if text.strip():
+                    yield text, ""
+
+
+def show_progress(documents, total):
+    """The documents, with a line now and then on how many there were, and how long the rest of `total` bytes takes."""
+    started = said = time.time()
+    n = done = 0
+    for text, label in documents:
+        n, done = n + 1, done + len(text)
+        if time.time() - said > 10:
+            said = time.time()
+            left = f", about {max(0, total - done) * (said - started) / done:.0f} s to go" if total else ""
+            print(f"  {n:,} documents, {done / 1e6:.0f} MB, {done / 1e6 / (said - started):.1f} MB/s{left}", flush=True)
+        yield text, label
+
+
+def as_user(prompt):
+    """A prompt, which is text or a list of messages, as messages."""
+    return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+
+
+def as_messages(record, fields):
+    """A demonstration as messages: {"messages"}, Alpaca's {"instruction", "input", "output"}, or the two fields."""
+    if "messages" in record:
+        messages = [dict(role=m["role"], content=m["content"]) for m in record["messages"]]
+    elif "instruction" in record:
+        messages = [dict(role="user", content="\n\n".join(filter(None, [record["instruction"], record.get("input")]))),
+                    dict(role="assistant", content=record["output"])]
+    else:
+        ask, answer = (name.strip() for name in fields.split(","))
+        messages = [*as_user(record[ask]), dict(role="assistant", content=record[answer])]
+    if not all(m["role"] in ("system", "user", "assistant") and m["content"].strip() for m in messages):
+        raise ValueError("an empty turn, or a role other than system, user, assistant")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("it does not end with the assistant's turn")
+    return messages
+
+
+def as_turns(transcript):
+    """"\\n\\nHuman: …\\n\\nAssistant: …", as in hh-rlhf, as messages."""
+    _, *turns = re.split(r"(?:\A|\n\n)(Human|Assistant): ?", transcript)
+    return [dict(role="user" if who == "Human" else "assistant", content=said.strip())
+            for who, said in zip(turns[::2], turns[1::2])]
+
+
+def as_comparison(record):
+    """(prompt as messages, responses, ranking as groups of indices from the best to the worst) of {"responses"} with
+    {"ranking"} or {"scores"}, of {"chosen", "rejected"} with a {"prompt"}, or of two transcripts that share it."""
+    if "responses" in record:
+        responses = [r if isinstance(r, str) else r["text"] for r in record["responses"]]
+        if "scores" in record:
+            best_first = sorted(set(record["scores"]), reverse=True)
+            ranking = [[i for i, s in enumerate(record["scores"]) if s == score] for score in best_first]
+        else:
+            ranking = record["ranking"]
+        prompt = as_user(record["prompt"])
+    else:
+        sides, ranking = [record["chosen"], record["rejected"]], [[0], [1]]
+        if isinstance(sides[0], str) and not {"prompt", "instruction"} & record.keys():
+            sides = [as_turns(side) for side in sides]
+        if isinstance(sides[0], str):
+            prompt = as_messages(dict(record, output="-", response="-"), "prompt,response")[:-1]
+            responses = sides
+        else:
+            (prompt, other), responses = (side[:-1] for side in sides), [side[-1]["content"] for side in sides]
+            if prompt != other:
+                raise ValueError("two different prompts")
+    if not all(r.strip() for r in responses):
+        raise ValueError("an empty reply")
+    if len(set(responses)) < len(responses):
+        raise ValueError("two equal replies")
+    if not prompt or sorted(i for group in ranking for i in group) != list(range(len(responses))) or len(responses) < 2:
+        raise ValueError("no prompt, or a ranking that does not name each reply once")
+    return prompt, responses, ranking
+
+
+def read_as(convert, sources, run, problems):
+    """(where, converted record) for the usable records of some files; the others are noted by what is wrong."""
+    for path in find_files(sources, run.path("downloads")):
+        for where, record in read_records(path, problems):
+            try:
+                yield where, convert(record)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                problems.note(where, f"not of a known form ({type(error).__name__}: {error})")
+            except ValueError as error:
+                problems.note(where, str(error), bad=False)
+
+
+def prompt_key(prompt):
+    """An id of a prompt that only depends on its text."""
+    return hashlib.sha256(json.dumps(as_user(prompt)).encode()).hexdigest()[:12]
+
+
+def own_records(config, run, problems):
+    """Demonstrations, prompts, held-out prompts (the last n_eval, a tenth at most) and comparisons of people's files.
+
+    Prompts are those of --prompts, or else those of the comparisons; of the latter only the comparisons stay whose prompt
+    is for reward.py, so that PPO has prompts that the reward model has not seen."""
+    demonstrations = [dict(messages=m) for _, m in read_as(lambda r: as_messages(r, config.fields),
+                                                           config.demonstrations, run, problems)]
+    compared = [c for _, c in read_as(as_comparison, config.comparisons, run, problems)]
+    given = [p for _, p in read_as(lambda r: as_user(r["prompt"]), config.prompts, run, problems)]
+    used = {prompt_key(r["messages"][:-1]) for r in demonstrations}
+    prompts = {prompt_key(p): p for p in (given or [prompt for prompt, _, _ in compared])}
+    prompts = [dict(id=key, prompt=p[0]["content"] if [m["role"] for m in p] == ["user"] else p)
+               for key, p in prompts.items() if key not in used]
+    random.Random(config.seed).shuffle(prompts)
     held_out = min(config.n_eval, len(prompts) // 10)
-    for i, record in enumerate(prompts[:len(prompts) - held_out]):
-        record["use"] = "compare" if i < config.compare_share * (len(prompts) - held_out) else "ppo"
-    return demonstrations, prompts[:len(prompts) - held_out], prompts[len(prompts) - held_out:]
+    prompts, held_out = prompts[held_out:], prompts[:held_out]
+    for i, record in enumerate(prompts):
+        record["use"] = "compare" if i < config.compare_share * len(prompts) else "ppo"
+    out = {r["id"] for r in held_out} | {r["id"] for r in prompts if r["use"] == "ppo"}
+    return demonstrations, prompts, held_out, [c for c in compared if prompt_key(c[0]) not in out]
 
+
+def as_ranking(tokenizer, prompt, responses, ranking):
+    """A comparison as a line that reward.py --rankings reads."""
+    return dict(id=prompt_key(prompt), prompt=prompt, ranking=ranking, annotator="people", schema=1, responses=[
+        dict(text=r, tokens=[*tokenizer.encode(r), tokenizer.end], ended=True) for r in responses])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def main():
     config = load_config(PrepareConfig, __doc__)
     with Run(config, "prepare", graceful=False) as run:
         rng, started = random.Random(config.seed), time.time()
+        problems, report, comparisons = Problems(), {}, []
         if config.text:
-            documents, (demonstrations, prompts, held_out) = read_text(config.text), own_prompts(config)
+            demonstrations, prompts, held_out, comparisons = own_records(config, run, problems)
+            paths = find_files(config.text, run.path("downloads"))
+            total = 0 if any(path.endswith(".gz") for path in paths) else sum(map(os.path.getsize, paths))
+            documents = show_progress(read_documents(paths, config, problems), total)
         else:
             world = read_world(config.world)
             creatures = make_creatures(world, config.creatures, rng)
@@ -742,7 +1079,8 @@ def main():
             reserved = {record["prompt"] for record in prompts + held_out}
             documents = world_documents(world, creatures, config.megabytes * 1e6, reserved, rng)
 
-        kept, report = clean(documents, config)
+        written, histogram = write_sides(clean(documents, config, report), run, config)
+        problems.report()
         print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired stray "
               f"characters in {report['documents_repaired']:,}")
         for name, rule in report["rules"].items():
@@ -751,43 +1089,42 @@ def main():
         if known := report["against_the_world"]:
             print(f"the world spoiled some pages on purpose: recall {known['recall']:.1%}, precision "
                   f"{known['precision']:.1%} (" + ", ".join(f"{k} {v}" for k, v in known["by_kind"].items()) + ")")
+        if not written["train"]["characters"] or not written["val"]["characters"]:
+            raise SystemExit(f"{report['documents_kept']} documents are left after cleaning, too few to hold some out: "
+                             "give more text, or split it into documents with lines of <|endoftext|>")
 
-        sides = split(kept, config)
-        if not sides["train"] or not sides["val"]:
-            raise SystemExit(f"{len(kept)} documents are left after cleaning, too few to hold some out: give more "
-                             "text, or split it into documents with lines of <|endoftext|>")
-
-        tokens = train_bpe(sides["train"], config.vocab_size - len(SPECIAL))
+        share = config.bpe_megabytes * 1e6 / written["train"]["bytes"]
+        tokens = train_bpe((t for t in read_side(run, "train") if share >= 1 or rng.random() < share),
+                           config.vocab_size - len(SPECIAL))
         tokenizer = Tokenizer(tokens)
         print(f"tokenizer: {tokenizer.size:,} tokens, the longest "
               + " ".join(repr(t.decode("utf-8", "replace")) for t in sorted(tokens, key=len)[-5:]))
-        written = {}
         dtype = np.uint16 if tokenizer.size <= 65536 else np.uint32
-        for side, texts in sides.items():
-            ids = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-            flat = np.concatenate([np.array(i + [tokenizer.end_of_text], dtype) for i in ids])
-            flat.tofile(run.path(side + ".bin.tmp"))
-            n_bytes = sum(len(t.encode()) for t in texts)
-            written[side] = dict(documents=len(texts), bytes=n_bytes, characters=sum(map(len, texts)), tokens=len(flat))
-            print(f"{side}: {len(texts):,} documents, {n_bytes / 1e6:.2f} MB, {len(flat):,} tokens, "
-                  f"{n_bytes / len(flat):.2f} bytes a token")
-        histogram = np.bincount(np.frombuffer("".join(sides["val"]).encode(), np.uint8), minlength=256)
+        for side, counts in written.items():
+            n = counts["tokens"] = encode_side(run, side, tokenizer, dtype)
+            os.remove(run.path(side + ".txt.tmp"))
+            print(f"{side}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {n:,} tokens, "
+                  f"{counts['bytes'] / n:.2f} bytes a token")
         p = histogram[histogram > 0] / histogram.sum()
         entropy = float(-(p * np.log2(p)).sum())
         print(f"bytes drawn one by one at their frequencies would cost {entropy:.2f} bits each: the figure to beat")
-        print(f"{len(demonstrations):,} demonstrations, {len(prompts):,} prompts, {len(held_out):,} held-out prompts")
+        print(f"{len(demonstrations):,} demonstrations, {len(prompts):,} prompts, {len(held_out):,} held-out prompts"
+              + f", {len(comparisons):,} comparisons: reward.py --rankings={run.path('comparisons.jsonl')}" *
+              bool(comparisons))
 
         save_tokenizer(run.path("tokenizer.tiktoken.tmp"), tokens)
-        for name, records in (("sft.jsonl", demonstrations), ("prompts.jsonl", prompts), ("eval.jsonl", held_out)):
+        rankings = [as_ranking(tokenizer, *comparison) for comparison in comparisons]
+        for name, records in (("sft.jsonl", demonstrations), ("prompts.jsonl", prompts), ("eval.jsonl", held_out),
+                              *[("comparisons.jsonl", rankings)] * bool(rankings)):
             write_file(run.path(name + ".tmp"), to_jsonl(records))
-        data = dict(report, **written, byte_entropy=round(entropy, 4), dtype=np.dtype(dtype).name, seed=config.seed,
+        data = dict(report, **written, problems=problems.counts, byte_entropy=round(entropy, 4), dtype=np.dtype(dtype).name, seed=config.seed,
                     tokenizer=tokenizer.hash, vocab_size=tokenizer.size, source=config.text or "the tiny world")
         write_file(run.path("data.json.tmp"), json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         for name in ("tokenizer.tiktoken", "train.bin", "val.bin", "sft.jsonl", "prompts.jsonl", "eval.jsonl",
-                     "data.json"):
+                     *["comparisons.jsonl"] * bool(rankings), "data.json"):
             run.publish(name)
         cleaning = {k: known[k] for k in ("recall", "precision") if known}
-        update_scorecard(config.out_dir, "prepare", dict(cleaning, documents=len(kept), byte_entropy=round(entropy, 4),
+        update_scorecard(config.out_dir, "prepare", dict(cleaning, documents=report["documents_kept"], byte_entropy=round(entropy, 4),
                                                          seconds=round(time.time() - started, 1)))
         print(f"done in {time.time() - started:.1f} s; next: python pretrain.py")
 

@@ -82,7 +82,7 @@ def main():
         step, best = checkpoint["step"], checkpoint["best"]
         trained = run.wrap(torch.compile(model) if config.compile else model)
         flops = flops_per_token(model, config.block_size)
-        peak = matrix_rate(run.device, run.dtype) * run.world
+        peak = sum(run.map(lambda _: matrix_rate(run.device, run.dtype), range(run.threads))) * run.world
         if run.main:
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "

@@ -290,10 +290,32 @@ def test_near_duplicates_are_found_and_others_kept():
     assert not any(near.seen(" ".join(other_words(words, 1 / 3, rng))) for words in originals)
 
 
+def run_clean(documents, **changes):
+    """(kept texts, report) of the pipeline."""
+    report = {}
+    return list(clean(documents, PrepareConfig(**changes), report)), report
+
+
+def test_near_duplicates_survive_growth():
+    """The table grows with the number of texts, and still knows the first of them; few are lost to a shared place."""
+    near = NearDuplicates(0.8)
+    texts = [" ".join(f"w{(7919 * i + j) ** 2 % 1000003}" for j in range(20)) for i in range(5000)]
+    assert sum(map(near.seen, texts)) < 5
+    assert len(near.signatures) == 8192 and near.table.shape[1] >= 2 * near.n
+    assert sum(near.seen(text + " also") for text in texts) > 0.99 * len(texts)
+
+
+def test_cleaning_can_be_left_out():
+    """With cleaning=False every text is kept as it is, and still counted."""
+    documents = [(text, "") for text in ("<p>", "a\u200bb", "a\u200bb", "")]
+    kept, report = run_clean(documents, cleaning=False)
+    assert kept == [text for text, _ in documents] and report["documents_kept"] == report["documents_read"] == 4
+
+
 def test_exact_duplicates_up_to_case_and_blanks():
     """The second of two texts that differ in case and white space alone is an exact duplicate; the first is kept."""
     text = "Milo the fox lives in the old mill with Rosa."
-    kept, report = clean([(text, ""), (text.upper(), ""), (text.replace(" ", "  \n"), "")], PrepareConfig())
+    kept, report = run_clean([(text, ""), (text.upper(), ""), (text.replace(" ", "  \n"), "")])
     assert kept == [text] and report["rules"]["exact duplicate"]["removed"] == 2
 
 
@@ -302,7 +324,7 @@ def test_counts_of_the_report_add_up():
     documents = [(KEPT[rule], "") for rule in KEPT] + [(REMOVED[rule], rule) for rule in REMOVED]
     documents += [(KEPT["markup"], "copy"), ("The fox\u200b and the hen are at home in the mill, the bear is not.", ""),
                   ("Rosa the hen shares her pie with all the ducks on the pond.", "not found")]
-    kept, report = clean(documents, PrepareConfig())
+    kept, report = run_clean(documents)
     removed = {name: rule["removed"] for name, rule in report["rules"].items()}
     assert removed == dict.fromkeys(REMOVED, 1) | {"exact duplicate": 1, "near duplicate": 0}
     assert report["documents_read"] == len(documents) == len(kept) + sum(removed.values())

@@ -1,0 +1,294 @@
+"""What people have: their files, in whatever form, encoding and state of repair, from disk or over HTTP."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+
+import prepare
+from prepare import (PrepareConfig, Problems, as_comparison, as_messages, cut_documents, find_files, load_tokenizer,
+                     prompt_ids, read_documents, read_jsonl, read_lines, render)
+from test_prepare import one_line, run_prepare
+
+
+def documents(*paths, **changes):
+    problems = Problems()
+    found = [text for text, _ in read_documents(map(str, paths), PrepareConfig(**changes), problems)]
+    return found, problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+@pytest.mark.parametrize("data, text, note", [
+    ("Größe\nzwei\n".encode(), "Größe\nzwei\n", ""), (b"\xef\xbb\xbfeins\n", "eins\n", ""),
+    ("Größe\n".encode("latin-1"), "Größe\n", "latin-1"), ("Größe\n".encode("utf-16"), "Größe\n", ""),
+    (b'<meta charset="cp1251">\n' + "мир\n".encode("cp1251"), '<meta charset="cp1251">\nмир\n', "cp1251"),
+    (b'<meta charset="klingon">\n\xe4\n', '<meta charset="klingon">\nä\n', "klingon"),
+    (b"a\r\nb\x00c\r\n", "a\r\nb\x00c\r\n", ""), (b"", "", "")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_encodings(tmp_path, data, text, note, packed):
+    """UTF-8 with and without its mark, UTF-16, what the file declares, Latin-1: with a note where it had to be guessed."""
+    path = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    problems = Problems()
+    assert "".join(read_lines(str(path), problems)) == text
+    assert not problems.bad and (note in problems.examples[0] if note else not problems.examples)
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    """A packed file that was cut off ends in one line with its name."""
+    whole = gzip.compress(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "a.txt.gz").write_bytes(whole[:len(whole) // 2])
+    assert "a.txt.gz" in one_line(list, read_lines(str(tmp_path / "a.txt.gz"), Problems()))
+
+
+@pytest.mark.parametrize("separator, expected", [
+    ("<|endoftext|>", ["one\n\ntwo ", "\nthree\n"]), ("", ["one\n", "two <|endoftext|>\nthree\n"])])
+def test_documents_of_a_text_file(separator, expected):
+    """A file is cut at its separator, also within a line, or at blank lines."""
+    lines = ["one\n", "\n", "two <|endoftext|>\n", "three\n"]
+    assert [d for d in cut_documents(lines, separator) if d.strip()] == expected
+
+
+def test_book_of_any_length():
+    """Text without a separator is cut all the same, so that memory stays bounded; no character is lost."""
+    lines = ["0123456789\n"] * 1000
+    parts = list(cut_documents(lines, "<|endoftext|>", longest=500))
+    assert "".join(parts) == "".join(lines) and max(map(len, parts)) < 520 and len(parts) > 15
+
+
+def test_json_of_all_kinds(tmp_path):
+    """Lines and lists, the field by its name; bad records are named with file and line, and counted."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\nnonsense\n{"text": 3}\n[1]\n{"text": "two"}\n')
+    (tmp_path / "b.json").write_text('[{"text": "three"}, {"content": "four"}]')
+    found, problems = documents(tmp_path / "a.jsonl", tmp_path / "b.json")
+    assert found == ["one", "two", "three"] and problems.records == 7 and problems.bad == 4
+    assert {e.split(":")[0].split("/")[-1] for e in problems.examples} == {
+        "a.jsonl, line 3", "a.jsonl, line 4", "a.jsonl, line 5", "b.json, record 2"}
+    assert documents(tmp_path / "b.json", text_field="content")[0] == ["four"]
+    (tmp_path / "c.json").write_text("{")
+    assert "c.json" in one_line(documents, tmp_path / "c.json")
+
+
+def test_too_many_bad_records_are_an_error():
+    """One bad record in twenty is an accident, more are the wrong file."""
+    problems = Problems()
+    problems.records = 100
+    for i in range(5):
+        problems.note(f"a, line {i}", "not JSON")
+    problems.report()
+    problems.note("a, line 9", "not JSON")
+    assert "--text_field" in one_line(problems.report)
+
+
+def test_html_becomes_text(tmp_path):
+    """Words stay, markup, scripts and styles go; blocks are lines of their own, entities are characters."""
+    (tmp_path / "a.html").write_text(
+        "<!doctype html><html><head><title>No</title><style>p {}</style></head><body><h1>The  Fox</h1><p>He <b>ran</b>"
+        " &amp; hid.</p><script>if (a < b) alert('<p>')</script><p>It\nrained.<br>All day.</body>")
+    text, = documents(tmp_path / "a.html")[0]
+    assert prepare.repair(text) == "The Fox\n\nHe ran & hid.\n\nIt rained.\nAll day."
+
+
+def test_folders_globs_and_lists(tmp_path):
+    """A folder means all files of a known kind in it; sources are separated by commas; what matches nothing is named."""
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.md", "deep/c.jsonl.gz", "deep/d.png"):
+        (tmp_path / name).write_bytes(b"")
+    names = lambda s: [p.replace(str(tmp_path), "") for p in find_files(s, "")]  # noqa: E731
+    assert names(str(tmp_path)) == ["/a.md", "/b.txt", "/deep/c.jsonl.gz"]
+    assert names(f"{tmp_path}/*.txt, {tmp_path}/a.md") == ["/b.txt", "/a.md"]
+    assert "nothing.txt" in one_line(find_files, f"{tmp_path}/a.md,nothing.txt", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server whose first answer to /broken breaks off in the middle; .asked lists the ranges it was asked for."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.server.asked.append(start)
+            if self.path == "/missing":
+                return self.send_error(404)
+            if self.path == "/stubborn":
+                start = 0                                           # it knows no ranges
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.end_headers()
+            breaks = self.path == "/broken" and len(self.server.asked) == 1 or self.path == "/stubborn" and \
+                len(self.server.asked) == 1
+            self.wfile.write(CONTENT[start:100_000 if breaks else None])
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def test_download(server, tmp_path):
+    """A file is fetched once, and never again."""
+    path, = find_files(f"{server.url}/a.txt", str(tmp_path / "d"))
+    assert read(path) == CONTENT and path.endswith("a.txt")
+    assert find_files(f"{server.url}/a.txt", str(tmp_path / "d")) == [path] and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("name, asked", [("broken", [0, 100_000]), ("stubborn", [0, 100_000])])
+def test_download_goes_on_where_it_broke_off(server, tmp_path, name, asked):
+    """A broken download leaves no file under the final name; run again, it asks for the rest alone, and copes with a
+    server that sends everything."""
+    message = one_line(find_files, f"{server.url}/{name}", str(tmp_path))
+    assert name in message and "again" in message
+    assert [p.name[7:] for p in tmp_path.iterdir()] == [f"{name}.part"]
+    path, = find_files(f"{server.url}/{name}", str(tmp_path))
+    assert read(path) == CONTENT and server.asked == asked and len(list(tmp_path.iterdir())) == 1
+
+
+def test_download_is_checked(server, tmp_path):
+    """A file with another SHA-256 than that of the URL is not kept; with the right one it is."""
+    assert "SHA-256" in one_line(find_files, f"{server.url}/a#sha256={'0' * 64}", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert read(find_files(f"{server.url}/a#sha256={digest}", str(tmp_path))[0]) == CONTENT
+
+
+def test_missing_page_is_named(server, tmp_path):
+    """An address that is not there is one line, and leaves nothing."""
+    assert "404" in one_line(find_files, f"{server.url}/missing", str(tmp_path)) and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demonstrations
+
+USER, ASSISTANT = dict(role="user", content="Why?"), dict(role="assistant", content="Because.")
+
+
+@pytest.mark.parametrize("record, fields, expected", [
+    ({"prompt": "Why?", "response": "Because."}, "prompt,response", [USER, ASSISTANT]),
+    ({"question": "Why?", "answer": "Because."}, "question,answer", [USER, ASSISTANT]),
+    ({"instruction": "Why?", "output": "Because."}, "prompt,response", [USER, ASSISTANT]),
+    ({"instruction": "Why?", "input": "", "output": "Because."}, "prompt,response", [USER, ASSISTANT]),
+    ({"instruction": "Sum", "input": "1, 2", "output": "3"}, "prompt,response",
+     [dict(role="user", content="Sum\n\n1, 2"), dict(role="assistant", content="3")]),
+    ({"messages": [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT]}, "prompt,response",
+     [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT])])
+def test_demonstrations_of_all_forms(record, fields, expected):
+    """Messages, pairs by the names of their fields, Alpaca's instructions with and without an input."""
+    assert as_messages(record, fields) == expected
+
+
+@pytest.mark.parametrize("record", [
+    {}, {"prompt": "Why?"}, {"prompt": "", "response": "Because."}, {"prompt": "Why?", "response": 3},
+    {"messages": []}, {"messages": [USER]}, {"messages": [USER, dict(role="robot", content="Beep.")]},
+    {"messages": "Why?"}, {"messages": [{}]}, {"instruction": None, "output": "x"}])
+def test_no_demonstration(record):
+    """What is none is refused by an error that read_as counts, never by another one."""
+    with pytest.raises((KeyError, TypeError, AttributeError, IndexError, ValueError)):
+        as_messages(record, "prompt,response")
+
+
+def test_every_assistants_turn_is_trained_on(tmp_path):
+    """Of several turns and a system's, exactly the assistant's words and the ends of its turns are trained on."""
+    tokenizer = load_tokenizer(run_prepare(tmp_path / "out"))
+    messages = [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, dict(role="assistant", content="No.")]
+    ids, trained = render(tokenizer, messages)
+    said = tokenizer.encoding.decode([i for i, t in zip(ids, trained) if t])
+    assert said == "Because.<|im_end|>No.<|im_end|>"
+    assert prompt_ids(tokenizer, messages[:2]) == ids[:len(prompt_ids(tokenizer, messages[:2]))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons
+
+HH = "\n\nHuman: Why?\n\nAssistant: {}\n\nHuman: Really?\n\nAssistant: {}"
+HH_PROMPT = [USER, dict(role="assistant", content="So."), dict(role="user", content="Really?")]
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, ([USER], ["So.", "No."], [[0], [1]])),
+    ({"instruction": "Why?", "input": "", "output": "x", "chosen": "So.", "rejected": "No."},
+     ([USER], ["So.", "No."], [[0], [1]])),
+    ({"chosen": HH.format("So.", "Yes."), "rejected": HH.format("So.", "No. Human: is fine")},
+     (HH_PROMPT, ["Yes.", "No. Human: is fine"], [[0], [1]])),
+    ({"chosen": [USER, ASSISTANT], "rejected": [USER, dict(role="assistant", content="No.")]},
+     ([USER], ["Because.", "No."], [[0], [1]])),
+    ({"prompt": "Why?", "responses": ["a", "b", "c"], "scores": [2, 5, 2]}, ([USER], ["a", "b", "c"], [[1], [0, 2]])),
+    ({"prompt": [USER], "responses": [{"text": "a"}, {"text": "b"}], "ranking": [[1], [0]]},
+     ([USER], ["a", "b"], [[1], [0]]))])
+def test_comparisons_of_all_forms(record, expected):
+    """Chosen and rejected, with a prompt or as two transcripts; rated and ranked lists with ties."""
+    assert as_comparison(record) == expected
+
+
+@pytest.mark.parametrize("record, rule", [
+    ({"prompt": "Why?", "chosen": "So.", "rejected": "So."}, "two equal replies"),
+    ({"prompt": "Why?", "chosen": "So.", "rejected": " "}, "an empty reply"),
+    ({"chosen": HH.format("So.", "Yes."), "rejected": HH.format("No.", "Yes!")}, "two different prompts"),
+    ({"chosen": HH.format("So.", ""), "rejected": HH.format("So.", "Yes!")}, "an empty reply"),
+    ({"prompt": "Why?", "responses": ["a", "b"], "ranking": [[0]]}, "each reply once")])
+def test_unusable_comparisons_are_dropped_by_rule(record, rule):
+    """Equal sides, different prompts and empty replies say nothing about preference: each has its rule."""
+    with pytest.raises(ValueError, match=rule):
+        as_comparison(record)
+
+
+@pytest.mark.parametrize("record", [{}, {"chosen": "a"}, {"chosen": 1, "rejected": 2}, {"chosen": "", "rejected": ""},
+                                    {"responses": 3, "prompt": "a"}, {"responses": [], "scores": [], "prompt": "a"}])
+def test_no_comparison(record):
+    """What is none is refused by an error that read_as counts."""
+    with pytest.raises((KeyError, TypeError, AttributeError, IndexError, ValueError)):
+        as_comparison(record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+def test_own_files_end_to_end(tmp_path, capsys):
+    """prepare.py on a book, demonstrations and transcripts: all files are there, no prompt stands in two of them, the
+    comparisons left are those of the prompts for reward.py, and what was dropped is counted in data.json."""
+    words = "the fox and the hen went to the mill with a basket and said that it was a fine day for all of them".split()
+    rng = np.random.default_rng(0)
+    (tmp_path / "book.txt").write_text("\n\n".join(" ".join(rng.choice(words, 30)) + "." for _ in range(400)))
+    (tmp_path / "sft.json").write_text(json.dumps([{"question": f"Why {i}?", "answer": "So."} for i in range(30)]))
+    lines = [json.dumps({"chosen": HH.format(f"So {i // 2}.", f"Yes {i}."), "rejected": HH.format(f"So {i // 2}.", "No.")})
+             for i in range(80)]
+    lines[7] = json.dumps({"chosen": HH.format("a", "b"), "rejected": HH.format("a", "b")})
+    with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as f:
+        f.write("\n".join(lines))
+    out = run_prepare(tmp_path / "out", f"--text={tmp_path}/book.txt", "--separator=", "--fields=question,answer",
+                      f"--demonstrations={tmp_path}/sft.json", f"--comparisons={tmp_path}/hh.jsonl.gz", "--n_eval=4",
+                      "--vocab_size=300")
+    demonstrations, prompts, held_out, compared = (read_jsonl(str(out / f"{n}.jsonl")) for n in (
+        "sft", "prompts", "eval", "comparisons"))
+    assert len(demonstrations) == 30 and len(prompts) == 36 and len(held_out) == 4
+    by_use = {use: {p["id"] for p in prompts if p["use"] == use} for use in ("compare", "ppo")}
+    assert len(by_use["compare"]) == 27 and len(by_use["ppo"]) == 9
+    assert {c["id"] for c in compared} == by_use["compare"]
+    assert not by_use["compare"] & by_use["ppo"] and not {h["id"] for h in held_out} & {p["id"] for p in prompts}
+    tokenizer = load_tokenizer(out)
+    for line in compared:
+        assert line["ranking"] == [[0], [1]] and line["annotator"] == "people"
+        assert all(x["tokens"][-1] == tokenizer.end and tokenizer.text(x["tokens"]) == x["text"] for x in line["responses"])
+    data = json.loads((out / "data.json").read_text())
+    assert data["problems"] == {"two equal replies": 1} and data["documents_read"] == 400
+    assert "hh.jsonl.gz, line 8: two equal replies" in capsys.readouterr().out
+    assert not list(out.glob("*.tmp"))
