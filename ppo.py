@@ -20,7 +20,7 @@ import torch
 
 from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, learning_rate_factor,
                    load_checkpoint, load_config, load_reward_model, option, pad, restore)
-from prepare import load_tokenizer, load_tokens, prompt_ids, read_jsonl, respond, rubric_score, scorecard
+from prepare import load_tokenizer, load_tokens, prompt_ids, read_prompts, respond, rubric_score, scorecard
 
 
 @dataclass
@@ -255,10 +255,7 @@ def main():
     with Run(config, "ppo") as run:
         tokenizer = load_tokenizer(config.out_dir)
         sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
-        records = read_jsonl(run.path("prompts.jsonl"))
-        records = [r for r in records if r.get("use") == "ppo"] or records  # new ones, not those that were ranked
-        if not records:
-            raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts: run python prepare.py with some")
+        records = read_prompts(run, tokenizer, sft["model_config"].block_size, "ppo")  # not those that were ranked
         policy, reference = (restore(LanguageModel, sft, run.device) for _ in range(2))
         reward_model, value_model = (load_reward_model(run, tokenizer, config.reward) for _ in range(2))
         text = load_tokens(config.out_dir, "train")[0] if config.ptx_coefficient else None

@@ -299,7 +299,7 @@ def world_prompts(world, creatures, config, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # Cleaning
 
-# Control, format, private and surrogate characters, except the line end, the tab and the joiners that some scripts need.
+# Control, format, private and surrogate characters, except line end, tab and the joiners that some scripts need.
 STRAY = regex.compile(r"(?V1)[\p{Cc}\p{Cf}\p{Co}\p{Cs}--[\n\t\u200c\u200d]]+")
 
 
@@ -345,8 +345,8 @@ class NearDuplicates:
 
     The share of equal entries of two signatures estimates the Jaccard similarity of the sets. Each band of four entries
     is hashed to a place in a table, where the last text with such a band stands: only texts that agree in a whole band
-    are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the table; where two meet in one place,
-    the earlier one gives way, which a duplicate survives as it agrees in many bands."""
+    are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the table; where two meet in one
+    place, the earlier one gives way, which a duplicate survives as it agrees in many bands."""
 
     def __init__(self, threshold, bands=16, seed=0):
         rng = np.random.default_rng(seed)
@@ -400,7 +400,8 @@ def clean(documents, config, report):
     spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
     for raw, label in documents:
         text, reason = repair(raw) if config.cleaning else raw, None
-        read, repaired, read_bytes = read + 1, repaired + (text != raw), read_bytes + len(raw.encode("utf-8", "replace"))
+        read, repaired = read + 1, repaired + (text != raw)
+        read_bytes += len(raw.encode("utf-8", "replace"))
         if config.cleaning:
             words = text.split()
             reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
@@ -444,7 +445,8 @@ def write_sides(texts, run, config):
     written = {side: dict(documents=0, bytes=0, characters=0) for side in ("train", "val")}
     histogram = np.zeros(256, np.int64)
     with contextlib.ExitStack() as stack:
-        files = {side: stack.enter_context(open(run.path(side + ".txt.tmp"), "w", encoding="utf-8")) for side in written}
+        files = {side: stack.enter_context(open(run.path(f"{side}.txt.tmp"), "w", encoding="utf-8"))
+                 for side in written}
         for side, text in split(texts, config):
             data = text.encode("utf-8", "replace")
             files[side].write(json.dumps(text) + "\n")
@@ -670,6 +672,25 @@ def respond(model, tokenizer, records, run, key, temperature=1.0):
     return run.gather([r for part in run.map(respond_to, run.parts(len(records), 256)) for r in part])
 
 
+def fitting(records, tokenizer, run, block_size):
+    """Those of some records whose prompt leaves room for a response."""
+    room = block_size - min(run.config.max_new_tokens, block_size // 2)
+    return [r for r in records if len(prompt_ids(tokenizer, r["prompt"])) <= room]
+
+
+def read_prompts(run, tokenizer, block_size, use):
+    """The prompts for one use, compare or ppo (or all, if none is marked for it), that leave room for a response."""
+    records = read_jsonl(run.path("prompts.jsonl"))
+    records = [r for r in records if r.get("use") == use] or records
+    fit = fitting(records, tokenizer, run, block_size)
+    if not fit:
+        fitting_ones = f" that fit the context of {block_size} tokens" if records else ""
+        raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts{fitting_ones}: run python prepare.py with some")
+    if len(fit) < len(records) and run.main:
+        print(f"{len(records) - len(fit):,} of {len(records):,} prompts leave no room for a response and are left out")
+    return fit
+
+
 def bits_per_byte(model, run):
     """-log2 p of the whole validation text per byte: comparable between tokenizers, unlike the loss per token."""
     tokens, data = load_tokens(run.config.out_dir, "val")
@@ -886,7 +907,7 @@ def read_records(path, problems):
 
 
 class HTMLText(html.parser.HTMLParser):
-    """What a page of HTML says: `self.text`, without markup, scripts and styles, block elements on lines of their own."""
+    """What a page of HTML says: `self.text`, without markup and scripts, block elements on lines of their own."""
     SILENT = ("script", "style", "head", "noscript", "template", "svg")
     INLINE = ("a", "abbr", "b", "cite", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub",
               "sup", "tt", "u")
@@ -958,6 +979,11 @@ def show_progress(documents, total):
 def as_user(prompt):
     """A prompt, which is text or a list of messages, as messages."""
     return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+
+
+def as_text(prompt):
+    """A prompt as people read it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def as_messages(record, fields):
@@ -1035,8 +1061,8 @@ def prompt_key(prompt):
 def own_records(config, run, problems):
     """Demonstrations, prompts, held-out prompts (the last n_eval, a tenth at most) and comparisons of people's files.
 
-    Prompts are those of --prompts, or else those of the comparisons; of the latter only the comparisons stay whose prompt
-    is for reward.py, so that PPO has prompts that the reward model has not seen."""
+    Prompts are those of --prompts, or else those of the comparisons; then only comparisons whose prompt is for
+    reward.py stay, so that PPO has prompts that the reward model has not seen."""
     demonstrations = [dict(messages=m) for _, m in read_as(lambda r: as_messages(r, config.fields),
                                                            config.demonstrations, run, problems)]
     compared = [c for _, c in read_as(as_comparison, config.comparisons, run, problems)]
@@ -1117,15 +1143,17 @@ def main():
         for name, records in (("sft.jsonl", demonstrations), ("prompts.jsonl", prompts), ("eval.jsonl", held_out),
                               *[("comparisons.jsonl", rankings)] * bool(rankings)):
             write_file(run.path(name + ".tmp"), to_jsonl(records))
-        data = dict(report, **written, problems=problems.counts, byte_entropy=round(entropy, 4), dtype=np.dtype(dtype).name, seed=config.seed,
-                    tokenizer=tokenizer.hash, vocab_size=tokenizer.size, source=config.text or "the tiny world")
+        data = dict(report, **written, problems=problems.counts, byte_entropy=round(entropy, 4), seed=config.seed,
+                    dtype=np.dtype(dtype).name, tokenizer=tokenizer.hash, vocab_size=tokenizer.size,
+                    source=config.text or "the tiny world")
         write_file(run.path("data.json.tmp"), json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         for name in ("tokenizer.tiktoken", "train.bin", "val.bin", "sft.jsonl", "prompts.jsonl", "eval.jsonl",
                      *["comparisons.jsonl"] * bool(rankings), "data.json"):
             run.publish(name)
         cleaning = {k: known[k] for k in ("recall", "precision") if known}
-        update_scorecard(config.out_dir, "prepare", dict(cleaning, documents=report["documents_kept"], byte_entropy=round(entropy, 4),
-                                                         seconds=round(time.time() - started, 1)))
+        update_scorecard(config.out_dir, "prepare", dict(
+            cleaning, documents=report["documents_kept"], byte_entropy=round(entropy, 4),
+            seconds=round(time.time() - started, 1)))
         print(f"done in {time.time() - started:.1f} s; next: python pretrain.py")
 
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 
 from model import (LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, epoch_batches,
                    learning_rate_factor, load_checkpoint, load_config, need, option, pad, restore, write_file)
-from prepare import (beside, judge, load_tokenizer, prompt_ids, read_jsonl, respond, rubric_score, to_jsonl,
-                     update_scorecard)
+from prepare import (as_text, as_user, beside, judge, load_tokenizer, prompt_ids, read_jsonl, read_prompts, respond,
+                     rubric_score, to_jsonl, update_scorecard)
 
 CRITERIA = ("helpfulness", "accuracy", "safety")
 
@@ -71,9 +71,7 @@ class RewardConfig(TrainConfig):
 def sample_responses(run, config, tokenizer):
     """K responses of the SFT model to each prompt reserved for comparisons; identical ones are merged."""
     model = restore(LanguageModel, load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash), run.device)
-    records = [r for r in read_jsonl(run.path("prompts.jsonl")) if r.get("use", "compare") == "compare"]
-    if not records:
-        raise SystemExit(f"{run.path('prompts.jsonl')} holds no prompts to compare on: run python prepare.py with some")
+    records = read_prompts(run, tokenizer, model.model.config.block_size, "compare")
     K = config.n_samples
     responses = respond(model, tokenizer, [r for r in records for _ in range(K)], run, 2, config.temperature)
     if run.main:
@@ -90,7 +88,7 @@ def sample_responses(run, config, tokenizer):
         print(f"sampled {K} responses to each of {len(samples):,} prompts ({run.elapsed():.0f} s); people can rank the "
               f"first {min(len(samples), config.n_for_people)} in {run.path('rank.html')}")
         for response in samples[0]["responses"]:
-            print(f"  {samples[0]['prompt']}  →  {response['text']}")
+            print(f"  {as_text(samples[0]['prompt'])}  →  {response['text']}")
 
 
 def rank_page(samples):
@@ -155,7 +153,7 @@ def human_annotator(samples, path, name):
         responses = sample["responses"]
         rng = random.Random(f"{name} {sample['id']} {repeat}")
         order = rng.sample(range(len(responses)), len(responses))                            # blind and shuffled
-        print(f"\n[{i + 1}/{len(todo)}]  {sample['prompt']}" + "  (flagged)" * flagged)
+        print(f"\n[{i + 1}/{len(todo)}]  {as_text(sample['prompt'])}" + "  (flagged)" * flagged)
         for shown, index in enumerate(order):
             print(f"   {shown}  {responses[index]['text']}" + ("" if responses[index]["ended"] else " […]"))
         started = time.time()
@@ -231,7 +229,8 @@ def fault(line, vocabulary):
     try:
         r = json.loads(line)
         responses, ranking = r["responses"], r["ranking"]
-        if not all(isinstance(r[key], str) for key in ("id", "prompt", "annotator")):
+        if not all(isinstance(text, str) for text in (r["id"], r["annotator"], *(m["role"] + m["content"] for m in
+                                                                                as_user(r["prompt"])))):
             return "id, prompt and annotator must be text"
         if not all(isinstance(x["text"], str) and x["tokens"] and
                    all(type(t) is int and 0 <= t < vocabulary for t in x["tokens"]) for x in responses):
@@ -325,6 +324,11 @@ def make_batch(rankings, tokenizer, device):
     return pad(sequences).to(device), lengths.to(device), torch.tensor(ranks, device=device)
 
 
+def length(ranking, tokenizer):
+    """Tokens of a prompt with the longest of its responses."""
+    return len(prompt_ids(tokenizer, ranking["prompt"])) + max(len(x["tokens"]) for x in ranking["responses"])
+
+
 def batch_loss(model, rankings, tokenizer, device):
     """Σ ranking_loss over some prompts."""
     tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
@@ -413,11 +417,15 @@ def train_reward_model(run, config, tokenizer):
     if run.main and people:
         report_agreement(rankings, simulate(list({r["id"]: r for r in rankings}.values()), records, config))
     rankings = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
-    train, val = split_by_prompt(rankings, config)
+    short = [r for r in rankings if length(r, tokenizer) <= model_config.block_size]
+    if len(short) < len(rankings) and run.main:
+        print(f"{len(rankings) - len(short):,} of {len(rankings):,} rankings do not fit the context of "
+              f"{model_config.block_size} tokens and are left out")
+    train, val = split_by_prompt(short, config)
     if not train:
-        raise SystemExit(f"{len(rankings)} rankings with a preference in them are too few: rank more prompts first")
+        raise SystemExit(f"{len(short)} rankings with a preference in them are too few: rank more prompts first")
 
-    lengths = [len(prompt_ids(tokenizer, r["prompt"])) + max(len(x["tokens"]) for x in r["responses"]) for r in train]
+    lengths = [length(r, tokenizer) for r in train]
     steps_per_epoch = -(-len(train) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     torch.manual_seed(config.seed)  # the new head does not depend on whether sampling came first
@@ -427,7 +435,7 @@ def train_reward_model(run, config, tokenizer):
     step = run.start(tokenizer, "sft: sft.pt", model=model, optimizer=optimizer)["step"]
     trained = run.wrap(model)
     if run.main:
-        who = ", ".join(sorted({r["annotator"] for r in rankings}))
+        who = ", ".join(sorted({r["annotator"] for r in short}))
         print(f"{len(train):,} rankings to learn from, {len(val):,} held out, by {who}; reward model of "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.n_reward_layer} of "
               f"{parent['model_config'].n_layer} blocks")

@@ -23,8 +23,8 @@ import torch
 
 from model import (LanguageModel, Run, RunConfig, generate, load_checkpoint, load_config, load_reward_model, option,
                    pad, restore, write_file)
-from prepare import (held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl, read_scorecard, render, respond,
-                     rubric_score, scorecard_table, update_scorecard)
+from prepare import (as_text, fitting, held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl,
+                     read_scorecard, render, respond, rubric_score, scorecard_table, update_scorecard)
 
 STAGES = dict(pretrain="pretrain.py", sft="sft.py", ppo="ppo.py")
 
@@ -146,22 +146,25 @@ def answer(run, tokenizer, stage):
 
 def compare(run, tokenizer):
     """The same held-out prompts through all stages: rows of (prompt, [(stage, text, proxy score, gold score)])."""
+    models = {stage: load_model(run, tokenizer, stage) for stage in STAGES if os.path.exists(run.path(stage + ".pt"))}
+    block_size = min((m.model.config.block_size for m in models.values()), default=0)
     records, kinds = [], {}
-    for record in read_jsonl(run.path("eval.jsonl")):  # as many of each kind as there is room for, in turn
+    # As many of each kind as there is room for, in turn.
+    for record in fitting(read_jsonl(run.path("eval.jsonl")), tokenizer, run, block_size):
         kinds.setdefault(record.get("kind"), []).append(record)
     while len(records) < run.config.n_compare and any(kinds.values()):
         records += [some.pop(0) for some in kinds.values() if some]
     records, n = records[:run.config.n_compare], run.config.best_of
     has_reward = run.config.reward or os.path.exists(run.path("reward.pt"))
     reward_model = load_reward_model(run, tokenizer, run.config.reward) if has_reward else None
-    answers = {stage: respond(load_model(run, tokenizer, stage), tokenizer, records, run, 9, run.config.temperature)
-               for stage in STAGES if os.path.exists(run.path(stage + ".pt"))}
+    answers = {stage: respond(model, tokenizer, records, run, 9, run.config.temperature)
+               for stage, model in models.items()}
     if n and reward_model:
-        sft, held_out = load_model(run, tokenizer, "sft"), held_out_prompts(run.config.out_dir)
+        sft, held_out = models["sft"], held_out_prompts(run.config.out_dir)
         answers[f"best-of-{n}"] = best_of(sft, reward_model, tokenizer, records, run, n, 9)
         figures = measure(tokenizer, held_out, best_of(sft, reward_model, tokenizer, held_out, run, n, 1))
         update_scorecard(run.config.out_dir, f"best-of-{n}", dict(figures, kl=round(best_of_n_kl(n), 3)))
-    rows = [(record["prompt"], []) for record in records]
+    rows = [(as_text(record["prompt"]), []) for record in records]
     for stage, responses in answers.items():
         proxies = proxy_scores(reward_model, tokenizer, records, responses) if reward_model else [None] * len(records)
         for (_, shown), record, ids, proxy in zip(rows, records, responses, proxies):

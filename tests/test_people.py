@@ -64,7 +64,8 @@ def test_good_line_has_no_fault(good):
 def test_good_lines_survive_bad_ones(tmp_path, capsys):
     """The lines of several files come in order; each dropped one is named with its file and number, also when it is
     not even UTF-8."""
-    (tmp_path / "a.jsonl").write_bytes(json.dumps(line("p1")).encode() + b"\n\xff\xfe{\n" + json.dumps(line("p2")).encode())
+    p1, p2 = (json.dumps(line(id)).encode() for id in ("p1", "p2"))
+    (tmp_path / "a.jsonl").write_bytes(p1 + b"\n\xff\xfe{\n" + p2)
     (tmp_path / "b.jsonl").write_text('{"id"\n' + json.dumps(line("p3", annotator="bo")) + "\n", encoding="utf-8")
     found = reward.read_rankings([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], Digits())
     assert [(r["id"], r["annotator"]) for r in found] == [("p1", "ann"), ("p2", "ann"), ("p3", "bo")]
@@ -178,7 +179,8 @@ def test_terminal_session(sampled):
     assert "name each of 0, 1, 2 once" in out and "(flagged)" in out and "5 prompts" not in out
     lines = saved(out_dir)
     assert [r["id"] for r in lines] == [s["id"] for s in samples[:4]]
-    assert [(r["skipped"], r["flagged"]) for r in lines] == [(False, False), (True, False), (False, True), (False, False)]
+    assert [r["skipped"] for r in lines] == [False, True, False, False]
+    assert [r["flagged"] for r in lines] == [False, False, True, False]
     for r, typed in zip(lines, ("1>0=2", "", "2>1>0", "0=1=2")):        # what was shown as 0 is display_order[0]
         order, groups = r["display_order"], reward.parse_ranking(typed, 3) if typed else []
         assert r["ranking"] == [[order[shown] for shown in group] for group in groups]

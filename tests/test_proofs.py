@@ -64,7 +64,7 @@ def small(cls, seed, **shape):
 
 @pytest.mark.parametrize("micro_batch_size, threads", [(64, 1), (5, 1), (5, 3)])
 def test_gradient_of_an_update_is_exact(double, monkeypatch, micro_batch_size, threads):
-    """ppo_step's gradient over every response, each weighted by π(y), is that of J = Σ π(y) [r(y) - β log π(y)/π_ref(y)]
+    """ppo_step's gradient over every response, each weighted by π(y), is J's, J = Σ π(y) [r(y) - β log π(y)/π_ref(y)],
     to 1e-9 in all parameters of a Transformer, and the value function's is that of ½ (V - R)².
 
     Catches k3 in the reward, a KL that is clamped, averaged or missing at the last token, a score that is read or added
@@ -256,7 +256,7 @@ def test_early_stop_takes_no_step():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
-    """The unbiased estimate of best-of-n is the mean over all subsets of n of the N samples of the value of the one that
+    """The unbiased estimate of best-of-n is the mean over all subsets of n of N samples of the value of the one that
     the proxy likes best (catches means over the n best, and an order by value instead of by proxy)."""
     proxy, values = np.random.default_rng(0).normal(size=(2, 3, 6))
     brute = np.mean([[values[row, max(subset, key=lambda i: proxy[row, i])]

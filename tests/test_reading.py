@@ -32,7 +32,7 @@ def documents(*paths, **changes):
     (b"a\r\nb\x00c\r\n", "a\r\nb\x00c\r\n", ""), (b"", "", "")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_encodings(tmp_path, data, text, note, packed):
-    """UTF-8 with and without its mark, UTF-16, what the file declares, Latin-1: with a note where it had to be guessed."""
+    """UTF-8 with and without its mark, UTF-16, what the file declares, Latin-1: with a note where it was guessed."""
     path = tmp_path / ("a.txt.gz" if packed else "a.txt")
     path.write_bytes(gzip.compress(data) if packed else data)
     problems = Problems()
@@ -96,7 +96,7 @@ def test_html_becomes_text(tmp_path):
 
 
 def test_folders_globs_and_lists(tmp_path):
-    """A folder means all files of a known kind in it; sources are separated by commas; what matches nothing is named."""
+    """A folder means all files of a known kind in it; sources are separated by commas; no match is an error."""
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.md", "deep/c.jsonl.gz", "deep/d.png"):
         (tmp_path / name).write_bytes(b"")
@@ -269,7 +269,8 @@ def test_own_files_end_to_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "book.txt").write_text("\n\n".join(" ".join(rng.choice(words, 30)) + "." for _ in range(400)))
     (tmp_path / "sft.json").write_text(json.dumps([{"question": f"Why {i}?", "answer": "So."} for i in range(30)]))
-    lines = [json.dumps({"chosen": HH.format(f"So {i // 2}.", f"Yes {i}."), "rejected": HH.format(f"So {i // 2}.", "No.")})
+    lines = [json.dumps({side: HH.format(f"So {i // 2}.", said) for side, said in (("chosen", f"Yes {i}."),
+                                                                                   ("rejected", "No."))})
              for i in range(80)]
     lines[7] = json.dumps({"chosen": HH.format("a", "b"), "rejected": HH.format("a", "b")})
     with gzip.open(tmp_path / "hh.jsonl.gz", "wt") as f:
@@ -287,7 +288,8 @@ def test_own_files_end_to_end(tmp_path, capsys):
     tokenizer = load_tokenizer(out)
     for line in compared:
         assert line["ranking"] == [[0], [1]] and line["annotator"] == "people"
-        assert all(x["tokens"][-1] == tokenizer.end and tokenizer.text(x["tokens"]) == x["text"] for x in line["responses"])
+        for x in line["responses"]:
+            assert x["tokens"][-1] == tokenizer.end and tokenizer.text(x["tokens"]) == x["text"]
     data = json.loads((out / "data.json").read_text())
     assert data["problems"] == {"two equal replies": 1} and data["documents_read"] == 400
     assert "hh.jsonl.gz, line 8: two equal replies" in capsys.readouterr().out
