@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that is not trained on: padding, prompts
 THREADS = torch.get_num_threads()
@@ -165,6 +166,7 @@ class Transformer(nn.Module):
         angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)               # (length, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
+        self.recompute = False  # in the backward pass compute a block's activations again, instead of keeping them
 
     def forward(self, tokens, cache=None):
         T = tokens.shape[1]
@@ -175,7 +177,10 @@ class Transformer(nn.Module):
             cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)       # (B, 1, T, D)
         x = self.embed_tokens(tokens)                                                           # (B, T, C)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache)
         return self.norm(x)
 
 

@@ -31,6 +31,7 @@ class PretrainConfig(ModelConfig, TrainConfig):
     muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
     eval_every: int = option(300, "steps between evaluations and checkpoints", low=1)
+    recompute: bool = option(False, "keep no activations within blocks: less memory, a third more arithmetic")
     compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
 
 
@@ -59,6 +60,16 @@ def flops_per_token(model, T):
     return 6 * (matrices + c.tie_embeddings * c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
 
+def memory_needed(model, config, dtype):
+    """Bytes of weights, gradients and optimizer state, and of the activations of a micro-batch: an estimate.
+
+    A block keeps about 12 vectors of its width and 4 of the MLP's for each token; with recompute, its input alone."""
+    c, tokens = model.model.config, config.micro_batch_size * config.block_size
+    kept = c.n_embd if config.recompute else 12 * c.n_embd + 4 * c.n_inner
+    activations = dtype.itemsize * c.n_layer * kept + (4 + 4 + dtype.itemsize) * c.vocab_size  # logits, their gradient
+    return 16 * sum(p.numel() for p in model.parameters()) + tokens * activations
+
+
 def main():
     config = load_config(PretrainConfig, __doc__)
     with Run(config, "pretrain") as run:
@@ -77,6 +88,7 @@ def main():
         config.vocab_size = tokenizer.size
         model_config = ModelConfig(**{k: v for k, v in asdict(config).items() if k in ModelConfig.__dataclass_fields__})
         model = LanguageModel(model_config).to(run.device)
+        model.model.recompute = config.recompute
         optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
         checkpoint = run.start(tokenizer, "prepare: train.bin", model=model, optimizer=optimizer)
         step, best = checkpoint["step"], checkpoint["best"]
@@ -86,7 +98,8 @@ def main():
         if run.main:
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
-                  f"matrix products reach {peak / 1e9:.0f} GFLOP/s here")
+                  f"matrix products reach {peak / 1e9:.0f} GFLOP/s here; each process needs about "
+                  f"{memory_needed(model, config, run.dtype) / 1e9:.2f} GB")
 
         n_targets = config.batch_size * config.block_size
         nats = math.log(2) * data["val"]["bytes"] / data["val"]["characters"]  # a bit per byte in nats per character

@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (IGNORE, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run, RunConfig, ScalarModel,
-                   TrainConfig, attention, draw, epoch_batches, generate, keep, learning_rate_factor, load_checkpoint,
-                   load_config, newton_schulz, next_token_probabilities, option, pad)
+import model as model_module
+from model import (IGNORE, THREADS, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run, RunConfig, ScalarModel,
+                   TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep, learning_rate_factor,
+                   load_checkpoint, load_config, newton_schulz, next_token_probabilities, option, pad)
 
 STOP = 0
 
@@ -340,6 +341,30 @@ def test_epoch_batches():
     waste = sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches)
     unsorted = sum(max(lengths[i:i + 4]) * 4 - sum(lengths[i:i + 4]) for i in range(0, 101, 4))
     assert waste < unsorted / 2
+
+
+@pytest.mark.parametrize("cls", [LanguageModel, ScalarModel])
+def test_recomputed_activations_give_the_same_gradient(cls):
+    """With recompute a block runs a second time in the backward pass, and the gradient stays what it is, bit for bit."""
+    model = cls(ModelConfig(n_layer=3, n_head=2, n_kv_head=1, n_embd=16, n_inner=24, block_size=16, vocab_size=11))
+    tokens, calls, found = torch.arange(20).view(2, 10) % 11, [], []
+    model.model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    for model.model.recompute in (False, True):
+        found.append(torch.autograd.grad(model(tokens).float().sin().sum(), list(model.parameters())))
+        calls.append("|")
+    assert calls == [1, "|", 1, 1, "|"]
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("rates, expected", [((3.0, 1.0), torch.bfloat16), ((1.2, 1.0), torch.float32),
+                                             ((0.5, 1.0), torch.float32)])
+def test_dtype_is_chosen_by_measurement(monkeypatch, rates, expected):
+    """On a CPU bfloat16 is used where its products are clearly faster, and the ratio is told; what is asked for wins."""
+    monkeypatch.setattr(model_module, "matrix_rate", lambda device, dtype: rates[dtype == torch.float32])
+    dtype, why = choose_dtype(torch.device("cpu"), "auto")
+    assert dtype == expected and f"{rates[0]:.1f} times" in why
+    assert choose_dtype(torch.device("cpu"), "bfloat16")[0] == torch.bfloat16
+    assert torch.get_num_threads() == THREADS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
