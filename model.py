@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import tomllib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -36,6 +37,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 IGNORE = -100  # a target that is not trained on: padding, prompts
 THREADS = torch.get_num_threads()
@@ -618,6 +624,7 @@ class Run:
             signal.signal(name, self.request_stop)
         os.makedirs(self.config.out_dir, exist_ok=True)
         if self.main:
+            self.lock()
             settings, threads = dataclasses.asdict(self.config), max(self.threads, torch.get_num_threads())
             print(f"{self.stage}: {self.device.type}, {str(self.dtype)[6:]} ({self.why}), {self.world} process(es), "
                   f"{threads} thread(s)\n  " + ", ".join(f"{k}={v}" for k, v in settings.items()))
@@ -632,6 +639,20 @@ class Run:
         if isinstance(error, OSError):  # a full disk, a file that may not be written
             raise SystemExit(f"{self.stage}: {error.strerror or error}: {error.filename or self.config.out_dir}; "
                              "what was there before is untouched") from None
+
+    def lock(self):
+        """One stage at a time may write into a run folder. The system gives the lock back, however a process ends."""
+        if fcntl and self.stage != "sample":
+            self.lock_file = open(self.path("run.lock"), "a+", encoding="utf-8")
+            try:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock_file.seek(0)
+                raise SystemExit(f"process {self.lock_file.read().strip()} is at work in {self.config.out_dir}: wait "
+                                 "for it, or use another --out_dir") from None
+            self.lock_file.truncate(0)
+            self.lock_file.write(f"{os.getpid()}\n")
+            self.lock_file.flush()
 
     def request_stop(self, number, frame):
         if self.stop_signal:
@@ -777,7 +798,8 @@ class Run:
         it. parts: the model, its optimizer and what else a checkpoint holds, by name. Returns the checkpoint."""
         self.saved, self.origin = parts, dict(tokenizer=tokenizer.hash, parent=parent)
         last = f"{self.stage}.last.pt"
-        if not self.config.resume:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(self.path(last))
+        if not self.config.resume and not restarted:  # torchrun starts all processes again when one has died
             self.keep_earlier(f"{self.stage}.pt", last)
             return dict(step=0, best=math.inf)
         checkpoint = load_checkpoint(self.path(last), f"python {self.script}", tokenizer.hash)
@@ -843,11 +865,14 @@ def load_checkpoint(path, command, tokenizer_hash=None):
     """Read a checkpoint (tensors and plain values only, never a pickle of anything else) and check that it fits."""
     need(path, command)
     try:
+        with zipfile.ZipFile(path) as file:  # which knows a checksum of each part; torch.load does not look at it
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["model_config"] = ModelConfig(**checkpoint["model_config"])
     except Exception as error:  # torch raises many kinds for a damaged file
         raise SystemExit(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
-                         f"it may be truncated; make it again with {command}")
+                         f"it may be truncated or damaged; make it again with {command}")
     if tokenizer_hash and checkpoint.get("tokenizer") != tokenizer_hash:
         raise SystemExit(f"{path} was made with another tokenizer than {os.path.dirname(path)}/tokenizer.tiktoken: "
                          f"run {command} again, or use another --out_dir")

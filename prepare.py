@@ -463,21 +463,25 @@ def read_side(run, side):
 
 
 def encode_side(run, side, tokenizer, dtype):
-    """Text → ids, some megabytes at a time, on all cores; returns the number of tokens in SIDE.bin.tmp."""
-    n, some, size = 0, [], 0
-    with open(run.path(side + ".bin.tmp"), "wb") as f:
-        def write():
-            ids = tokenizer.encoding.encode_ordinary_batch(some, num_threads=os.cpu_count())
-            flat = np.concatenate([np.array([*i, tokenizer.end_of_text], dtype) for i in ids])
-            flat.tofile(f)
-            return len(flat)
-
+    """Text → ids in SIDE.bin.tmp, some megabytes at a time, on all cores; returns their number and checksum."""
+    def batches():
+        some, size = [], 0
         for text in read_side(run, side):
             some.append(text)
             size += len(text)
             if size > 4e6:
-                n, some, size = n + write(), [], 0
-        return n + (write() if some else 0)
+                yield some
+                some, size = [], 0
+        yield some
+
+    n = checksum = 0
+    with open(run.path(side + ".bin.tmp"), "wb") as f:
+        for some in batches():
+            ids = tokenizer.encoding.encode_ordinary_batch(some, num_threads=os.cpu_count())
+            flat = np.array([token for i in ids for token in (*i, tokenizer.end_of_text)], dtype)
+            flat.tofile(f)
+            n, checksum = n + len(flat), zlib.crc32(flat, checksum)
+    return n, checksum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -580,6 +584,8 @@ def load_tokens(out_dir, split):
         tokens = np.memmap(path, dtype=data["dtype"], mode="r")
         if len(tokens) != data[split]["tokens"]:
             raise ValueError(f"{len(tokens)} tokens instead of {data[split]['tokens']}")
+        if zlib.crc32(tokens) != data[split]["checksum"]:
+            raise ValueError("its checksum is another one")
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} does not fit {out_dir}/data.json ({error}): run python prepare.py again")
     return tokens, data
@@ -1127,7 +1133,8 @@ def main():
               + " ".join(repr(t.decode("utf-8", "replace")) for t in sorted(tokens, key=len)[-5:]))
         dtype = np.uint16 if tokenizer.size <= 65536 else np.uint32
         for side, counts in written.items():
-            n = counts["tokens"] = encode_side(run, side, tokenizer, dtype)
+            n, counts["checksum"] = encode_side(run, side, tokenizer, dtype)
+            counts["tokens"] = n
             os.remove(run.path(side + ".txt.tmp"))
             print(f"{side}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {n:,} tokens, "
                   f"{counts['bytes'] / n:.2f} bytes a token")
