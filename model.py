@@ -518,7 +518,7 @@ def load_config(cls, doc, argv=None):
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or name not in [*options, "config"]:
-            raise SystemExit(f"unknown option {argument}{closest(name, options)} (--help lists all)")
+            raise SystemExit(f"unknown option {argument!r}{closest(name, options)} (--help lists all)")
         if not equals:
             value = "true" if name in options and options[name].type is bool else next(arguments, None)
             if value is None:
