@@ -18,7 +18,7 @@ A row is a line of JSON; at the end all are a table. Contenders run in turn, A B
 figures are medians over the blocks. `ratio` is the speed over that of nanoGPT, or of tiktoken's own batches. `mfu` is
 6·N FLOPs a token and those of attention, over the rate of a large matrix product of the same precision on all threads;
 `mfu_fp32` is over that of fp32. `peak_mb` is the peak memory of a process of its own, PyTorch with it (on CUDA: of the
-tensors on the GPU). nanoGPT has PyTorch's default threads, the project one operation on each thread, as Run sets it.
+tensors on the GPU). nanoGPT has PyTorch's default threads; the project computes micro-batches on threads of their own, as Run does.
 """
 
 import argparse
@@ -107,7 +107,6 @@ def make_run(config_class, stage, variant="", **options):
     dtype = dict(bf16="bfloat16", fp32="float32").get(variant[:4], "auto")
     run = Run(config_class(out_dir=os.path.join(tempfile.gettempdir(), "bench"), dtype=dtype, max_new_tokens=NEW,
                            **options), stage)
-    run.each = 1 if run.threads > 1 else THREADS  # threads of an operation, as Run has set them
     return run
 
 
@@ -183,7 +182,7 @@ def pretrain(shape, variant):
 
     n = sum(p.numel() for p in model.parameters())
     assert abs(n / (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd) - 1) < 0.05  # nanoGPT's
-    return Contender(variant, call, n_targets, run.each, flops_per_token(model, config.block_size), n)
+    return Contender(variant, call, n_targets, THREADS, flops_per_token(model, config.block_size), n)
 
 
 def generation(shape, variant):
@@ -193,7 +192,7 @@ def generation(shape, variant):
     tokenizer, asked = records(shape)
     prompts, uniforms = [r["prompt"] for r in asked], run.uniforms(PROMPTS, NEW, 1)
     if "respond" in variant:
-        return Contender(variant, lambda: prepare.respond(model, tokenizer, asked, run, 1), PROMPTS * NEW, run.each)
+        return Contender(variant, lambda: prepare.respond(model, tokenizer, asked, run, 1), PROMPTS * NEW, THREADS)
     return Contender(variant, lambda: generate(model, prompts, NEW, -1, uniforms, 1.0), PROMPTS * NEW, THREADS)
 
 
@@ -221,7 +220,7 @@ def ppo(shape, variant):
         part("update_s", ppo_stage.ppo_step, (policy, value_model), optimizers, rows, step, 1.0,
              np.random.default_rng(step), config.kl_coefficient)
 
-    return Contender(variant, call, PROMPTS * NEW, run.each, split=split)
+    return Contender(variant, call, PROMPTS * NEW, THREADS, split=split)
 
 
 def make(bench, shape, variant, against):
@@ -345,7 +344,8 @@ def pages():
 def tokenizer(args):
     """Training, and encoding: by tiktoken alone, and as prepare.py does it until the file is written."""
     texts, size = [], 0
-    for text, _ in prepare.read_text(args.text) if args.text else pages():
+    for text, _ in prepare.read_documents(
+            prepare.find_files(args.text, ""), prepare.PrepareConfig(), prepare.Problems()) if args.text else pages():
         if size >= args.megabytes * 1e6:
             break
         texts.append(text[:round(args.megabytes * 1e6) - size])
@@ -356,14 +356,16 @@ def tokenizer(args):
     def encode():
         return own.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
-    with tempfile.TemporaryFile() as f:
-        contenders = [Contender(name, call, size, THREADS) for name, call in {
-            f"train_bpe, {own.size:,} tokens": lambda: prepare.train_bpe(texts, 4096 - len(prepare.SPECIAL)),
-            "tiktoken, one by one": lambda: [own.encode(text) for text in texts],
-            "tiktoken, all threads": encode,
-            "prepare.py, to the file": lambda: np.concatenate(
-                [np.array(ids + [own.end_of_text], np.uint16) for ids in encode()]).tofile(f)}.items()]
-        seconds = race(contenders, args.blocks, 0)
+    run = make_run(prepare.PrepareConfig, "prepare")
+    os.makedirs(run.config.out_dir, exist_ok=True)
+    with open(run.path("train.txt.tmp"), "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(text) + "\n" for text in texts)
+    contenders = [Contender(name, call, size, THREADS) for name, call in {
+        f"train_bpe, {own.size:,} tokens": lambda: prepare.train_bpe(texts, 4096 - len(prepare.SPECIAL)),
+        "tiktoken, one by one": lambda: [own.encode(text) for text in texts],
+        "tiktoken, all threads": encode,
+        "prepare.py, to the file": lambda: prepare.encode_side(run, "train", own, np.uint16)}.items()]
+    seconds = race(contenders, args.blocks, 0)
     for c, s in zip(contenders, seconds):
         emit(bench="tokenizer", shape=f"{size / 1e6:.1f} MB", variant=c.name, seconds=s, mb_per_s=size / 1e6 / s,
              **(dict(peak_mb=peak_mb()) if "bpe" in c.name else dict(ratio=seconds[2] / s)))
@@ -377,7 +379,7 @@ def clean(args):
         near = prepare.NearDuplicates(prepare.PrepareConfig.near_duplicate)
         return [near.seen(text) for text in texts]
 
-    contenders = [Contender("clean", lambda: prepare.clean(documents, prepare.PrepareConfig()), 0, THREADS),
+    contenders = [Contender("clean", lambda: list(prepare.clean(documents, prepare.PrepareConfig(), {})), 0, THREADS),
                   Contender("NearDuplicates alone", near_duplicates, 0, THREADS)]
     for c, s in zip(contenders, race(contenders, args.blocks, 0)):
         emit(bench="clean", variant=c.name, docs_per_s=len(documents) / s, seconds=s, peak_mb=peak_mb())

@@ -31,9 +31,9 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 @given(TEXT)
 def test_every_text_comes_back(text):
-    """decode(encode(s)) = s for every text, and no text becomes a control token."""
+    """decode(encode(s)) = s for every text, no text becomes a control token, and the array holds the same ids."""
     ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text and max(ids, default=0) < TOKENIZER.end_of_text
+    assert TOKENIZER.decode(ids) == text and TOKENIZER.array(text).tolist() == ids and max(ids, default=0) < TOKENIZER.end_of_text
 
 
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT), max_size=5), st.booleans())
