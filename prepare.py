@@ -333,10 +333,10 @@ def quality_rules(min_words, blocked_words):
         "markup": lambda t, w: len(re.findall(r"</?[a-zA-Z][^<>]*>|[{}]", t)) > 0.02 * len(w) + 1,
         "boilerplate": lambda t, w: share(lines(t), lambda l: bool(BOILERPLATE.search(l))) > 0.3,
         "repeated lines": lambda t, w: 1 - len(set(lines(t))) / len(lines(t)) > 0.3,
-        "odd words": lambda t, w: not 2 < sum(map(len, w)) / len(w) < 12 or share(w, lambda x: any(
-            ch.isalpha() for ch in x)) < 0.4,
-        "not language": lambda t, w: "\ufffd" in t or share(w, lambda x: x.strip(".,;:!?\"'").lower() in STOP_WORDS
-                                                            ) < 0.06,
+        "odd words": lambda t, w: len(w) >= 8 and (not 2 < sum(map(len, w)) / len(w) < 12 or share(
+            w, lambda x: any(ch.isalpha() for ch in x)) < 0.4),
+        "not language": lambda t, w: "\ufffd" in t or len(w) >= 8 and share(
+            w, lambda x: x.strip(".,;:!?\"'").lower() in STOP_WORDS) < 0.06,
         "undesirable": lambda t, w: bool(blocked.search(t)),
     }
 
@@ -344,17 +344,17 @@ def quality_rules(min_words, blocked_words):
 class NearDuplicates:
     """MinHash with locality-sensitive hashing (Broder 1997): finds texts that share most of their word triples.
 
-    The share of equal entries of two signatures estimates the Jaccard similarity of the sets. Each band of four entries
+    The share of equal entries of two signatures estimates the Jaccard similarity of the sets. Each band of two entries
     is hashed to a place in a table, where the last text with such a band stands: only texts that agree in a whole band
-    are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the table; where two meet in one
+    are compared at all. A text takes 128 bytes for its signature and 256 to 512 in the table; where two meet in one
     place, the earlier one gives way, which a duplicate survives as it agrees in many bands."""
 
-    def __init__(self, threshold, bands=16, seed=0):
+    def __init__(self, threshold, bands=32, seed=0):
         rng = np.random.default_rng(seed)
         self.threshold, self.bands = threshold, np.arange(bands)
-        self.multiply = rng.integers(1, 2**63, 4 * bands, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.add = rng.integers(0, 2**63, 4 * bands, dtype=np.uint64)
-        self.n, self.signatures = 0, np.zeros((2**10, 4 * bands), np.uint16)
+        self.multiply = rng.integers(1, 2**63, 2 * bands, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.add = rng.integers(0, 2**63, 2 * bands, dtype=np.uint64)
+        self.n, self.signatures = 0, np.zeros((2**10, 2 * bands), np.uint16)
         self.table = np.full((bands, 2**12), -1, np.int32)
 
     def signature(self, text):
@@ -370,7 +370,7 @@ class NearDuplicates:
 
     def places(self, signatures):
         """(…, 64) uint16 → (…, bands): where in its row of the table each band belongs."""
-        bands = np.ascontiguousarray(signatures).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bands = np.ascontiguousarray(signatures).view(np.uint32) * np.uint64(0x9E3779B97F4A7C15)
         return (bands >> np.uint64(40)) % np.uint64(self.table.shape[1])
 
     def seen(self, text):
@@ -401,7 +401,7 @@ def clean(documents, config, report):
     spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
     for raw, label in documents:
         text, reason = repair(raw) if config.cleaning else raw, None
-        read, repaired = read + 1, repaired + (text != raw)
+        read, repaired = read + 1, repaired + (text != raw.strip())
         read_bytes += len(raw.encode("utf-8", "replace"))
         if config.cleaning:
             words = text.split()
