@@ -349,16 +349,17 @@ def score_all(model, rankings, tokenizer, run):
 
 
 def all_pairs(rankings, scores, records):
-    """Every two responses to one prompt, as columns: margin r_i - r_j; preferred, 1, 0 (tied) or -1; and how far apart
-    the rubric without noise puts them, in gold and in each criterion (0 without a rubric)."""
+    """Every two responses to one prompt, as columns: margin r_i - r_j; preferred, 1, 0 (tied) or -1; longer, by so many
+    tokens; and how far apart the rubric without noise puts them, in gold and each criterion (0 without a rubric)."""
     rows = []
     for r, s in zip(rankings, scores):
         above, record = preferences(r), records.get(r["id"])
         verdicts = [judge(record, x["text"], x["ended"]) for x in r["responses"]] if record else None
         for i, j in combinations(range(len(s)), 2):
             gaps = [verdicts[i][c] - verdicts[j][c] if verdicts else 0.0 for c in ("gold", *CRITERIA)]
-            rows.append([s[i] - s[j], 2 * above[i, j] - 1 if (i, j) in above else 0, *gaps])
-    return dict(zip(("margin", "preferred", "gold", *CRITERIA), np.array(rows, float).reshape(-1, 6).T))
+            longer = len(r["responses"][i]["tokens"]) - len(r["responses"][j]["tokens"])
+            rows.append([s[i] - s[j], 2 * above[i, j] - 1 if (i, j) in above else 0, longer, *gaps])
+    return dict(zip(("margin", "preferred", "longer", "gold", *CRITERIA), np.array(rows, float).reshape(-1, 7).T))
 
 
 def accuracies(pairs):
@@ -375,7 +376,8 @@ def accuracies(pairs):
 def inspect(pairs):
     """What to know of a reward model besides its accuracy, on held-out pairs: accuracy by the size of the gap in gold;
     calibration, the probability σ(r_i - r_j) that it gives to the better-scored of two against the share that the
-    annotator preferred; and the ceiling, the share of pairs on which the annotator himself agrees with the rubric."""
+    annotator preferred; the share of pairs whose longer response he preferred, which a reward model has to beat; and the
+    ceiling, the share of pairs on which the annotator himself agrees with the rubric."""
     margin, gold, preferred = np.abs(pairs["margin"]), np.abs(pairs["gold"]), pairs["preferred"]
     right, figures = pairs["margin"] * pairs["gold"] > 0, dict(accuracy_by_gap={}, calibration=[])
     for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 9)):
@@ -389,6 +391,9 @@ def inspect(pairs):
         if chosen.any():
             figures["calibration"].append([round(float(x[chosen].mean()), 4) for x in (predicted, agreed)] +
                                           [int(chosen.sum())])
+    unequal = ordered & (pairs["longer"] != 0)
+    if unequal.any():
+        figures["longer_wins"] = round(float((pairs["longer"] * preferred > 0)[unequal].mean()), 4)
     both = ordered & (gold > 1e-9)
     if both.any():
         figures["ceiling"] = round(float((pairs["gold"] * preferred > 0)[both].mean()), 4)
@@ -474,11 +479,13 @@ def train_reward_model(run, config, tokenizer):
                        annotators=who, seconds=round(run.elapsed(), 1))
         figures["length_correlation"] = round(float(np.corrcoef(scores, tokens)[0, 1]), 4) if np.std(tokens) else 0.0
         update_scorecard(config.out_dir, run.stage, figures)
-        print("held-out pairs, by the gap of their rubric scores: " + ", ".join(
-            f"{gap} {share:.1%} of {n}" for gap, (share, n) in figures["accuracy_by_gap"].items()))
+        if "ceiling" in figures:
+            print("held-out pairs, by the gap of their rubric scores: " + ", ".join(
+                f"{gap} {share:.1%} of {n}" for gap, (share, n) in figures["accuracy_by_gap"].items())
+                + f"; the annotator agrees with the rubric on {figures['ceiling']:.1%}")
         print("calibration, predicted → preferred: " + ", ".join(
             f"{p:.2f} → {q:.2f}" for p, q, _ in figures["calibration"])
-            + f"; the annotator agrees with the rubric on {figures.get('ceiling', np.nan):.1%}")
+            + f"; the longer one was preferred in {figures.get('longer_wins', np.nan):.1%}")
         print(f"scores normalised (mean {mean:.2f}, standard deviation {std:.2f} before); correlation with length "
               f"{figures['length_correlation']:.2f}; next: python ppo.py")
 

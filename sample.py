@@ -310,7 +310,7 @@ def write_report(run, rows, card):
         f"<h3>{html.escape(prompt)}</h3><table><tr><th>stage<th>response<th>reward model<th>rubric</tr>" + "".join(
             f"<tr><td>{stage}<td>{html.escape(text)}<td>{number(proxy)}<td>{number(gold)}</tr>"
             for stage, text, proxy, gold in answers) + "</table>" for prompt, answers in rows)
-    other = "\n".join(f"{stage:10} {name.replace('_', ' '):20} {value}" for stage, figures in card.items()
+    other = "\n".join(f"{stage:14} {name.replace('_', ' '):20} {value}" for stage, figures in card.items()
                       for name, value in figures.items() if "gold" not in figures)
     if os.path.exists(run.path("overoptimize.svg")):
         with open(run.path("overoptimize.svg"), encoding="utf-8") as f:
@@ -321,9 +321,8 @@ def write_report(run, rows, card):
 table {{ border-collapse: collapse; width: 100% }} td:nth-child(2) {{ width: 70% }}
 td, th {{ border: 1px solid #ccc; padding: .3em .6em; text-align: left }}
 pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}
-</style><h1>{title}</h1><h2>Scorecard</h2><pre>{html.escape(scorecard_table(card))}
-
-{html.escape(other)}</pre><h2>Curves</h2>{"".join(charts)}
+</style><h1>{title}</h1><h2>Scorecard</h2><pre>{html.escape(scorecard_table(card))}</pre>
+<details><summary>All other figures</summary><pre>{html.escape(other)}</pre></details><h2>Curves</h2>{"".join(charts)}
 <h2>The same prompts at every stage</h2>{samples}
 """)
 

@@ -122,9 +122,9 @@ def test_pairs_and_inspection_by_hand():
     rubric = dict(mentions=["yes"], truths=["true"], wrong=["false"], unsafe=False, min_words=0, max_words=9,
                   rude=["fool"], decline=["cannot"], kind=["why not"])
     texts = ("yes true", "yes false", "fool")       # gold: 1 + 1 + 0, 1 - 1 + 0, 0 + 0 - 1
-    ranking = dict(id="p0", responses=[dict(text=t, ended=True) for t in texts], ranking=[[0], [1, 2]])
+    ranking = dict(id="p0", responses=[dict(text=t, ended=True, tokens=t.split()) for t in texts], ranking=[[0], [1, 2]])
     pairs = reward.all_pairs([ranking], [[0.5, 1.5, -2.0]], dict(p0=dict(rubric=rubric)))
-    expected = dict(margin=[-1, 2.5, 3.5], preferred=[1, 1, 0], gold=[2, 3, 1], helpfulness=[0, 1, 1],
+    expected = dict(margin=[-1, 2.5, 3.5], preferred=[1, 1, 0], longer=[0, 1, 1], gold=[2, 3, 1], helpfulness=[0, 1, 1],
                     accuracy=[2, 1, -1], safety=[0, 1, 1])
     assert pairs.keys() == expected.keys()
     for name, column in expected.items():
@@ -135,7 +135,7 @@ def test_pairs_and_inspection_by_hand():
     assert found["accuracy_by_gap"] == {"0.5–1": [1.0, 1], "1–2": [0.0, 1], "2–9": [1.0, 1]}
     p = [1 / (1 + math.exp(-m)) for m in (1, 2.5)]              # .731, .924; the tied pair says nothing
     assert found["calibration"] == [[round(p[0], 4), 0.0, 1], [round(p[1], 4), 1.0, 1]]
-    assert found["ceiling"] == 1.0
+    assert found["ceiling"] == found["longer_wins"] == 1.0
 
 
 def test_prompts_are_split_not_rankings():
