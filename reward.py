@@ -376,8 +376,8 @@ def accuracies(pairs):
 def inspect(pairs):
     """What to know of a reward model besides its accuracy, on held-out pairs: accuracy by the size of the gap in gold;
     calibration, the probability σ(r_i - r_j) that it gives to the better-scored of two against the share that the
-    annotator preferred; the share of pairs whose longer response he preferred, which a reward model has to beat; and the
-    ceiling, the share of pairs on which the annotator himself agrees with the rubric."""
+    annotator preferred; the share of pairs whose longer response he preferred, which a reward model has to beat; and
+    the ceiling, the share of pairs on which the annotator himself agrees with the rubric."""
     margin, gold, preferred = np.abs(pairs["margin"]), np.abs(pairs["gold"]), pairs["preferred"]
     right, figures = pairs["margin"] * pairs["gold"] > 0, dict(accuracy_by_gap={}, calibration=[])
     for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 9)):
