@@ -307,14 +307,14 @@ STRAY = regex.compile(r"(?V1)[\p{Cc}\p{Cf}\p{Co}\p{Cs}--[\n\t\u200c\u200d]]+")
 def repair(text):
     """NFC, one kind of line end, no control or zero-width characters, no runs of blanks."""
     text = STRAY.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text))
+    text = re.sub(r"[^\S\n]{2,}|[^\S\n ]", " ", unicodedata.normalize("NFC", text))
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
 
 
 STOP_WORDS = set("a an and are as at be because but by for from had has have he her him his how i in is it more of on "
                  "or she so that the their they this to was we what where which who will with you".split())
-BOILERPLATE = re.compile(r"cookies|javascript|newsletter|all rights reserved|terms of (use|service)|privacy policy|"
-                         r"click here|sign up|log in|share this on|lorem ipsum", re.I)
+BOILERPLATE = ("cookies", "javascript", "newsletter", "all rights reserved", "terms of use", "terms of service",
+               "privacy policy", "click here", "sign up", "log in", "share this on", "lorem ipsum")
 
 
 def quality_rules(min_words, blocked_words):
@@ -331,10 +331,10 @@ def quality_rules(min_words, blocked_words):
     return {
         "too short": lambda t, w: len(w) < min_words,
         "markup": lambda t, w: len(re.findall(r"</?[a-zA-Z][^<>]*>|[{}]", t)) > 0.02 * len(w) + 1,
-        "boilerplate": lambda t, w: share(lines(t), lambda l: bool(BOILERPLATE.search(l))) > 0.3,
+        "boilerplate": lambda t, w: share(lines(t.lower()), lambda l: any(b in l for b in BOILERPLATE)) > 0.3,
         "repeated lines": lambda t, w: 1 - len(set(lines(t))) / len(lines(t)) > 0.3,
         "odd words": lambda t, w: len(w) >= 8 and (not 2 < sum(map(len, w)) / len(w) < 12 or share(
-            w, lambda x: any(ch.isalpha() for ch in x)) < 0.4),
+            w, lambda x: x[0].isalpha() or any(map(str.isalpha, x))) < 0.4),
         "not language": lambda t, w: "\ufffd" in t or len(w) >= 8 and share(
             w, lambda x: x.strip(".,;:!?\"'").lower() in STOP_WORDS) < 0.06,
         "undesirable": lambda t, w: bool(blocked.search(t)),
@@ -346,7 +346,7 @@ class NearDuplicates:
 
     The share of equal entries of two signatures estimates the Jaccard similarity of the sets. Each band of two entries
     is hashed to a place in a table, where the last text with such a band stands: only texts that agree in a whole band
-    are compared at all. A text takes 128 bytes for its signature and 256 to 512 in the table; where two meet in one
+    are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the table; where two meet in one
     place, the earlier one gives way, which a duplicate survives as it agrees in many bands."""
 
     def __init__(self, threshold, bands=32, seed=0):
@@ -355,7 +355,7 @@ class NearDuplicates:
         self.multiply = rng.integers(1, 2**63, 2 * bands, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self.add = rng.integers(0, 2**63, 2 * bands, dtype=np.uint64)
         self.n, self.signatures = 0, np.zeros((2**10, 2 * bands), np.uint16)
-        self.table = np.full((bands, 2**12), -1, np.int32)
+        self.table = np.full((bands, 2**10), -1, np.int32)
 
     def signature(self, text):
         """(64,) uint16: for each hash function the low half of its smallest value over the word triples of the text."""
