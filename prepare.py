@@ -912,6 +912,8 @@ def read_records(path, problems):
         problems.records += 1
         try:
             record = json.loads(record) if isinstance(record, str) else record
+            # JSON can name halves of characters, which no encoding can write.
+            record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
@@ -1073,7 +1075,7 @@ def prompt_key(prompt):
 
 
 def own_records(config, run, problems):
-    """Demonstrations, prompts, held-out prompts (the last n_eval, a tenth at most) and comparisons of people's files.
+    """Demonstrations, prompts, held-out prompts (n_eval, a tenth at most) and comparisons of people's files.
 
     Prompts are those of --prompts, or else those of the comparisons; then only comparisons whose prompt is for
     reward.py stay, so that PPO has prompts that the reward model has not seen."""

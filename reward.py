@@ -306,7 +306,7 @@ def ranking_loss(scores, ranks):
 
 
 def last_token_score(model, tokens, lengths):
-    """r of whole sequences, the scalar at each one's last token: tokens (N or more, T) padded, lengths (N,) → (N,)."""
+    """r of whole sequences, the scalar at each one's last token: tokens (≥ N, T) padded, lengths (N,) → (N,)."""
     return model(tokens)[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 
 
@@ -422,13 +422,13 @@ def train_reward_model(run, config, tokenizer):
     if run.main and people:
         report_agreement(rankings, simulate(list({r["id"]: r for r in rankings}.values()), records, config))
     rankings = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
-    short = [r for r in rankings if length(r, tokenizer) <= model_config.block_size]
-    if len(short) < len(rankings) and run.main:
-        print(f"{len(rankings) - len(short):,} of {len(rankings):,} rankings do not fit the context of "
+    fit = [r for r in rankings if length(r, tokenizer) <= model_config.block_size]
+    if len(fit) < len(rankings) and run.main:
+        print(f"{len(rankings) - len(fit):,} of {len(rankings):,} rankings do not fit the context of "
               f"{model_config.block_size} tokens and are left out")
-    train, val = split_by_prompt(short, config)
+    train, val = split_by_prompt(fit, config)
     if not train:
-        raise SystemExit(f"{len(short)} rankings with a preference in them are too few: rank more prompts first")
+        raise SystemExit(f"{len(fit)} rankings with a preference in them are too few: rank more prompts first")
 
     lengths = [length(r, tokenizer) for r in train]
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -440,7 +440,7 @@ def train_reward_model(run, config, tokenizer):
     step = run.start(tokenizer, "sft: sft.pt", model=model, optimizer=optimizer)["step"]
     trained = run.wrap(model)
     if run.main:
-        who = ", ".join(sorted({r["annotator"] for r in short}))
+        who = ", ".join(sorted({r["annotator"] for r in fit}))
         print(f"{len(train):,} rankings to learn from, {len(val):,} held out, by {who}; reward model of "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.n_reward_layer} of "
               f"{parent['model_config'].n_layer} blocks")

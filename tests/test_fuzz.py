@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -127,8 +126,3 @@ def test_any_config_file(text):
 def test_any_page(text):
     """HTML is reduced to text whatever it looks like."""
     assert isinstance(HTMLText(f"<p>{text}</p><{text}><b>{text}").text, str)
-
-
-def test_the_profile_is_in_use():
-    """The examples are the same in every run: a failure can be repeated."""
-    assert settings().derandomize and pytest

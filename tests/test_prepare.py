@@ -305,6 +305,16 @@ def test_near_duplicates_survive_growth():
     assert sum(near.seen(text + " also") for text in texts) > 0.99 * len(texts)
 
 
+def test_copies_with_a_tenth_of_their_words_changed():
+    """At a threshold of 0.4, copies with 10 % of their words replaced are found with a recall of 95 % and a precision of
+    99 % at least."""
+    near, rng = NearDuplicates(0.4), random.Random(2)
+    originals = [[f"w{rng.randrange(10**4)}" for _ in range(150)] for _ in range(400)]
+    false = sum(near.seen(" ".join(words)) for words in originals)
+    found = sum(near.seen(" ".join(other_words(words, 0.1, rng))) for words in originals)
+    assert found >= 0.95 * len(originals) and found >= 0.99 * (found + false)
+
+
 def test_cleaning_can_be_left_out():
     """With cleaning=False every text is kept as it is, and still counted."""
     documents = [(text, "") for text in ("<p>", "a\u200bb", "a\u200bb", "")]

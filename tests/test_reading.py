@@ -86,6 +86,12 @@ def test_too_many_bad_records_are_an_error():
     assert "--text_field" in one_line(problems.report)
 
 
+def test_half_characters_are_replaced(tmp_path):
+    """JSON may name half of a character; what is read can be written again (catches text that no encoding takes)."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}\n')
+    assert documents(tmp_path / "a.jsonl")[0] == ["a?b 😀"]
+
+
 def test_html_becomes_text(tmp_path):
     """Words stay, markup, scripts and styles go; blocks are lines of their own, entities are characters."""
     (tmp_path / "a.html").write_text(
