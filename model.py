@@ -557,8 +557,8 @@ def load_config(cls, doc, argv=None):
 def matrix_rate(device, dtype):
     """Floating-point operations per second of a large matrix product on this device: the ceiling that MFU refers to."""
     n = 512 if device.type == "cpu" else 4096
-    a, best = torch.randn(n, n, device=device).to(dtype), 0.0
-    for _ in range(5):
+    a, best, end = torch.randn(n, n, device=device).to(dtype), 0.0, time.perf_counter() + 0.2
+    while not best or time.perf_counter() < end:
         start = time.perf_counter()
         for _ in range(2):
             b = a @ a
