@@ -634,6 +634,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         if self.world > 1 and kind is None:
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # DDP keeps gloo's threads alive, and one that wakes during Python's shutdown would abort it
         if kind is KeyboardInterrupt:
             raise SystemExit(f"{self.stage}: interrupted; run it again to start over") from None
         if isinstance(error, OSError):  # a full disk, a file that may not be written
