@@ -50,11 +50,13 @@ def command(script, out_dir, *options, python=(sys.executable,)):
     return [*python, f"{script}.py", *shared, *options]
 
 
-def finish(arguments):
-    """Run a command to its end; one that hangs is killed with all the processes that it has started."""
-    process = subprocess.Popen(arguments, start_new_session=True, **PIPES)
+def finish(arguments, typed=""):
+    """Run a command to its end; one that hangs is killed with all the processes that it has started.
+
+    typed: what it finds on its standard input, before the end of file."""
+    process = subprocess.Popen(arguments, start_new_session=True, stdin=subprocess.PIPE, **PIPES)
     try:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(typed, timeout=60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         pytest.fail(f"{shlex.join(map(str, arguments))} did not end within a minute")
@@ -149,6 +151,18 @@ def test_sample_answers_a_prompt(folder, tmp_path):
     names = [*PREPARED, *CHECKPOINTS, "log.jsonl", "scorecard.json"]
     answer = succeed("sample", copy(folder, tmp_path / "out", names), "--prompt=Where does Milo live?")
     assert answer.stdout.strip() and not answer.stderr
+
+
+@needs_sample
+@pytest.mark.parametrize("typed, replies", [("", 0), ("Where does Milo live?\n\nHello", 2),
+                                            ("猫はどこ? مرحبا 🐈\n", 1), ("live " * 5000 + "\nHello\n", 1)])
+def test_chat_until_the_end_of_file(folder, tmp_path, typed, replies):
+    """A chat answers each message, in any script, refuses one that outgrows the context, and ends with the input."""
+    out_dir = copy(folder, tmp_path / "out", [*PREPARED, *CHECKPOINTS, "log.jsonl", "scorecard.json"])
+    done = finish(command("sample", out_dir), typed)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
+    assert done.stdout.count("model> ") == replies
+    assert ("say it shorter" in done.stdout) == (len(typed) > 1000)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
