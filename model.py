@@ -617,7 +617,11 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # torchrun keeps its store when it restarts a group: addresses must not be mistaken for those of the dead.
+            store, rank, world = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world)
             if self.sum(float(self.dtype == torch.float32)) > 0:  # all of them alike
                 self.dtype = torch.float32
         for name in (signal.SIGINT, signal.SIGTERM) if self.graceful else ():

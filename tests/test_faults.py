@@ -86,25 +86,17 @@ def test_resume_with_more_processes(folder, tmp_path):
 def test_a_rank_that_dies_is_replaced(folder, tmp_path):
     """Under torchrun --max-restarts one process is killed; the run comes back by itself from its last checkpoint, and
     ends with the losses of an undisturbed one."""
+    out_dir = copy(folder, tmp_path / "out", INPUTS["pretrain"])
     options = [o for o in OPTIONS["pretrain"] if "steps" not in o and "every" not in o] + ["--max_steps=300",
                                                                                          "--eval_every=10"]
     python = (*TORCHRUN, "--max-restarts=3", "--monitor-interval=0.1")
-    for attempt in range(5):  # gloo's own processes at times do not find each other again: only that is tried once more
-        out_dir = copy(folder, tmp_path / f"out{attempt}", INPUTS["pretrain"])
-        process = subprocess.Popen(command("pretrain", out_dir, *options, python=python), start_new_session=True, **PIPES)
-        while not (out_dir / "pretrain.last.pt").exists() and process.poll() is None:
-            time.sleep(0.02)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], stdout=subprocess.PIPE, text=True)
-        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-        try:
-            _, errors = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            _, errors = process.communicate()
-            errors += "connectFullMesh: no answer within a minute"
-        if process.returncode == 0 or "connectFullMesh" not in errors:
-            break
-    assert process.returncode == 0, errors
+    process = subprocess.Popen(command("pretrain", out_dir, *options, python=python), start_new_session=True, **PIPES)
+    while not (out_dir / "pretrain.last.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], stdout=subprocess.PIPE, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "connectFullMesh" not in errors, errors      # nobody has called the dead
     steps = [r["step"] for r in map(json.loads, (out_dir / "log.jsonl").read_text().splitlines())
              if r.get("step") and "loss" in r]
     assert steps[-1] == 300 and steps.count(1) == 1                                 # it did not begin anew
