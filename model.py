@@ -590,8 +590,8 @@ class Run:
     """One process of a running stage: its place among the processes, its device, the log, the request to stop.
 
     Used as a context: `with Run(config, "pretrain") as run:`. Under torchrun the processes join (NCCL on GPUs, gloo on
-    CPUs); alone, world is 1 and nothing is sent. Ctrl-C or SIGTERM ask the loop to stop at its next step
-    (`run.stopping()`), so that it can save first; a second one stops at once."""
+    CPUs) and end with the context; alone, world is 1 and nothing is sent. Ctrl-C or SIGTERM ask the loop to stop at its
+    next step (`run.stopping()`), so that it can save first; a second one stops at once."""
 
     def __init__(self, config, stage, graceful=True):
         self.config, self.script, self.started, self.stop_signal = config, f"{stage}.py", time.time(), None
