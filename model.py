@@ -16,6 +16,7 @@ Shapes: B sequences, T tokens, C channels (n_embd), H heads, D channels per head
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import filecmp
@@ -218,11 +219,11 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.lm_head(hidden)
         wanted = targets != IGNORE
-        chosen = hidden[wanted] / temperature                                                   # (targets, C)
-        chosen = F.pad(chosen, (0, 0, 0, -len(chosen) % 64))  # few different shapes, as in `pad`
-        logits = self.lm_head(chosen)[:wanted.sum()].float()                                    # (targets, V)
-        loss = F.cross_entropy(logits, targets[wanted], reduction="none")                       # (targets,)
-        return torch.zeros(targets.shape, device=loss.device).masked_scatter(wanted, loss)
+        chosen, targets = hidden[wanted] / temperature, targets[wanted]                         # (n, C), (n,)
+        more = -len(targets) % 64  # few different shapes, as in `pad`
+        logits = self.lm_head(F.pad(chosen, (0, 0, 0, more))).float()                           # (n + more, V)
+        loss = F.cross_entropy(logits, F.pad(targets, (0, more), value=IGNORE), ignore_index=IGNORE, reduction="none")
+        return torch.zeros(wanted.shape, device=loss.device).masked_scatter(wanted, loss)
 
 
 class ScalarModel(nn.Module):
@@ -257,6 +258,7 @@ class KVCache:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.longest = 0  # an upper bound of all lengths, known without asking the device
+        self.ids = []     # the tokens read so far, where there is a single row
 
     def extend(self, T):
         """Make room for T more tokens a row; returns their positions (B, T)."""
@@ -309,9 +311,13 @@ def next_token_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
         kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0)
     if top_p < 1:  # the smallest set of words whose probabilities reach top_p (Holtzman et al. 2019)
-        ordered, order = probs.sort(dim=-1, descending=True)
+        n, enough = 64, top_p * probs.sum(-1, keepdim=True)
+        ordered, order = probs.topk(min(n, probs.shape[-1]))
+        while n < probs.shape[-1] and (ordered.sum(-1, keepdim=True) < enough).any():  # rarely: no need to sort them all
+            n *= 8
+            ordered, order = probs.topk(min(n, probs.shape[-1]))
         before = ordered.cumsum(-1) - ordered
-        probs = probs.scatter(-1, order, ordered.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0))
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= enough, 0))
     return probs / probs.sum(-1, keepdim=True)
 
 
@@ -325,26 +331,31 @@ def draw(probs, uniform):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, top_k=0, top_p=1.0, on_token=None):
+def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, top_k=0, top_p=1.0, on_token=None,
+             cache=None):
     """Continue every prompt until it has produced `stop`, max_new_tokens, or filled the context.
 
     prompts: lists of ids, none empty. uniforms (B, max_new_tokens): the random numbers, one for each token, so that a
     row's text depends on its own row of numbers alone, not on its neighbours in the batch. Rows that have ended leave
     the batch. Returns (responses, logprobs): for each prompt its new ids, `stop` included, and the log-probability of
-    each under the distribution it was drawn from. `on_token(row, id)` is called for each new token."""
+    each under the distribution it was drawn from. `on_token(row, id)` is called for each new token. With a `cache` of the
+    whole context, kept from call to call, a single prompt is read from where it departs from what was read before."""
     trunk, config, device = model.model, model.model.config, model.lm_head.weight.device
     lengths = torch.tensor([len(p) for p in prompts])
     if lengths.max() >= config.block_size:
         raise SystemExit(f"a prompt of {lengths.max()} tokens does not fit the context of {config.block_size}: "
                          "shorten it, or train with a larger --block_size")
     longest = min(config.block_size, int(lengths.max()) + max_new_tokens)
-    cache = KVCache(config, len(prompts), longest, trunk.embed_tokens.weight)
+    cache = cache or KVCache(config, len(prompts), longest, trunk.embed_tokens.weight)
+    known = min(len(os.path.commonprefix([cache.ids, prompts[0]])), len(prompts[0]) - 1)
+    cache.lengths.fill_(known)
+    cache.longest = known
     responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
 
     rows = torch.arange(len(prompts))                                   # who is in the batch
-    hidden = trunk(pad(prompts)[:, :lengths.max()].to(device), cache)   # (B, T, C): the prompts in one pass
+    hidden = trunk(pad(prompts)[:, known:lengths.max()].to(device), cache)  # (B, T, C): the prompts in one pass
     cache.lengths = lengths.to(device)                                  # padding was read, but is written over
-    hidden = hidden[rows, cache.lengths - 1]                            # (B, C): each row's last real token
+    hidden = hidden[rows, cache.lengths - 1 - known]                    # (B, C): each row's last real token
     going = torch.ones(len(rows), dtype=torch.bool)                     # who has not ended
     for step in range(max_new_tokens):
         probs = next_token_probabilities(model.lm_head(hidden), temperature, top_k, top_p)      # (B, V)
@@ -357,7 +368,7 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
                 if on_token:
                     on_token(row, t)
         going &= (token.cpu() != stop) & (lengths[rows] + step + 1 < config.block_size)
-        if not going.any():
+        if not going.any() or step + 1 == max_new_tokens:
             break
         if going.float().mean() < 0.8:  # leaving copies the cache: not worth it for a row or two
             staying = going.nonzero().squeeze(1)
@@ -367,6 +378,7 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
         cache.lengths = cache.lengths.clamp(max=longest - 1)
         cache.longest = min(cache.longest, longest - 1)
         hidden = trunk(token[:, None], cache).squeeze(1)                                        # (B, C)
+    cache.ids = prompts[0] + responses[0][:-1]
     return responses, logprobs
 
 
@@ -607,6 +619,9 @@ class Run:
         self.dtype, self.why = choose_dtype(self.device, config.dtype)
         torch.manual_seed(config.seed)
         torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
+        with contextlib.suppress(TypeError, AttributeError):  # glibc: keep what is freed, a step asks for it again
+            for parameter, value in ((-3, 2**30), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_…, M_ARENA_MAX
+                ctypes.CDLL(None).mallopt(parameter, value)
         # On a CPU each thread computes micro-batches of its own: small matrices are not worth sharing among threads.
         alone = kind == "cpu" and self.world == 1 and graceful and not getattr(config, "compile", False)
         self.threads = THREADS if alone else 1
@@ -651,8 +666,8 @@ class Run:
         if fcntl and self.stage != "sample":
             self.lock_file = open(self.path("run.lock"), "a+", encoding="utf-8")
             try:
-                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no child process inherits
+            except (BlockingIOError, PermissionError):
                 self.lock_file.seek(0)
                 raise SystemExit(f"process {self.lock_file.read().strip()} is at work in {self.config.out_dir}: wait "
                                  "for it, or use another --out_dir") from None

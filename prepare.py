@@ -14,6 +14,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import functools
 import glob
 import gzip
 import hashlib
@@ -21,19 +22,23 @@ import heapq
 import html.parser
 import http.client
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
+import threading
 import time
 import tomllib
 import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -341,41 +346,50 @@ def quality_rules(min_words, blocked_words):
     }
 
 
+RANDOM = np.random.default_rng(0)
+MULTIPLY = RANDOM.integers(1, 2**63, 64, dtype=np.uint64) * np.uint64(2) + np.uint64(1)  # odd: no two hashes collapse
+ADD = RANDOM.integers(0, 2**63, 64, dtype=np.uint64)
+
+
+def minhash(texts):
+    """(N, 64) uint16: for each of 64 hash functions the low half of its smallest value over the word triples of a text.
+
+    The share of equal entries of two signatures estimates the Jaccard similarity of the two sets (Broder 1997)."""
+    words, starts = [], []
+    for text in texts:
+        some = [zlib.crc32(word.encode()) for word in re.findall(r"\w+", text.lower())]
+        starts.append(len(words))
+        words += some + [0] * (3 - len(some))
+    ends = np.array([*starts, len(words)][1:]) - 2  # the last two words of a text begin no triple
+    words = np.array(words + [0, 0], np.uint64)
+    triples = words[:-2] * np.uint64(0x9E3779B97F4A7C15) + words[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F) + words[2:]
+    triples ^= triples >> np.uint64(29)
+    spans, signatures = np.stack([starts, ends], axis=1).ravel(), np.empty((len(starts), len(ADD)), np.uint16)
+    for i in range(len(ADD) if starts else 0):
+        smallest = np.minimum.reduceat(triples * MULTIPLY[i] + ADD[i], spans)[::2]
+        signatures[:, i] = smallest >> np.uint64(32)
+    return signatures
+
+
 class NearDuplicates:
-    """MinHash with locality-sensitive hashing (Broder 1997): finds texts that share most of their word triples.
+    """Locality-sensitive hashing: finds texts whose MinHash signatures agree in a share of at least `threshold`.
 
-    The share of equal entries of two signatures estimates the Jaccard similarity of the sets. Each band of two entries
-    is hashed to a place in a table, where the last text with such a band stands: only texts that agree in a whole band
-    are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the table; where two meet in one
-    place, the earlier one gives way, which a duplicate survives as it agrees in many bands."""
+    Each band of two entries is hashed to a place in a table, where the last text with such a band stands: only texts
+    that agree in a whole band are compared at all. A text takes 128 bytes for its signature and 128 to 256 in the
+    table; where two meet in one place, the earlier one gives way, which a duplicate survives as it agrees in many."""
 
-    def __init__(self, threshold, bands=32, seed=0):
-        rng = np.random.default_rng(seed)
-        self.threshold, self.bands = threshold, np.arange(bands)
-        self.multiply = rng.integers(1, 2**63, 2 * bands, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.add = rng.integers(0, 2**63, 2 * bands, dtype=np.uint64)
-        self.n, self.signatures = 0, np.zeros((2**10, 2 * bands), np.uint16)
-        self.table = np.full((bands, 2**10), -1, np.int32)
-
-    def signature(self, text):
-        """(64,) uint16: for each hash function the low half of its smallest value over the word triples of the text."""
-        words = np.array([zlib.crc32(w.encode()) for w in re.findall(r"\w+", text.lower())], np.uint64)
-        words = np.concatenate([words, np.zeros(max(0, 3 - len(words)), np.uint64)])
-        triples = words[:-2] * np.uint64(0x9E3779B97F4A7C15) + words[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F) + words[2:]
-        triples ^= triples >> np.uint64(29)
-        smallest = np.full(len(self.add), 2**64 - 1, np.uint64)
-        for i in range(0, len(triples), 1024):  # of a book, a piece at a time
-            smallest = np.minimum(smallest, (triples[i:i + 1024, None] * self.multiply + self.add).min(0))
-        return (smallest >> np.uint64(32)).astype(np.uint16)
+    def __init__(self, threshold):
+        self.threshold, self.bands = threshold, np.arange(len(ADD) // 2)
+        self.n, self.signatures = 0, np.zeros((2**10, len(ADD)), np.uint16)
+        self.table = np.full((len(self.bands), 2**10), -1, np.int32)
 
     def places(self, signatures):
         """(…, 64) uint16 → (…, bands): where in its row of the table each band belongs."""
         bands = np.ascontiguousarray(signatures).view(np.uint32) * np.uint64(0x9E3779B97F4A7C15)
         return (bands >> np.uint64(40)) % np.uint64(self.table.shape[1])
 
-    def seen(self, text):
+    def seen(self, signature):
         """Whether a text like this one has been seen; if not, remember it."""
-        signature = self.signature(text)
         places = self.places(signature)
         candidates = self.table[self.bands, places]
         candidates = candidates[candidates >= 0]
@@ -393,38 +407,94 @@ class NearDuplicates:
         return False
 
 
-def clean(documents, config, report):
-    """Run (text, label) pairs through the pipeline: yields the texts to keep, and fills the report for data.json."""
-    rules = quality_rules(config.min_words, config.blocked_words)
-    near, hashes = NearDuplicates(config.near_duplicate), set()
-    removed = {name: dict(removed=0, bytes=0, examples=[]) for name in [*rules, "exact duplicate", "near duplicate"]}
-    spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
+@dataclass
+class Document:
+    """A document on its way through the cleaning."""
+    text: str
+    label: str         # what the world has spoiled about it, or nothing
+    bytes: int         # as it was read
+    repaired: bool
+    reason: str | None = None              # why it is removed
+    key: bytes | None = None               # equal for exact duplicates
+    signature: np.ndarray | None = None    # alike for near duplicates
+
+
+def inspect(documents, config):
+    """All that can be found out about documents, (text, label) pairs, one at a time: no state, so on any core."""
+    rules, inspected = quality_rules(config.min_words, config.blocked_words) if config.cleaning else {}, []
     for raw, label in documents:
-        text, reason = repair(raw) if config.cleaning else raw, None
-        read, repaired = read + 1, repaired + (text != raw.strip())
-        read_bytes += len(raw.encode("utf-8", "replace"))
-        if config.cleaning:
-            words = text.split()
-            reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
-            if reason is None:
-                key = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=8).digest()
-                reason = "exact duplicate" if key in hashes else "near duplicate" if near.seen(text) else None
-                hashes.add(key)
-        spoiled[label] += 1
+        text = repair(raw) if config.cleaning else raw
+        words = text.split()
+        reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
+        document = Document(text, label, len(raw.encode("utf-8", "replace")), config.cleaning and text != raw.strip(), reason)
+        if len(words) >= 8 and config.cleaning:  # shorter ones, "Yes." or "Chapter 1", are alike by chance
+            document.key = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=8).digest()
+        inspected.append(document)
+    compared = [d for d in inspected if d.key and not d.reason]
+    for document, signature in zip(compared, minhash([d.text for d in compared])):
+        document.signature = signature
+    return inspected
+
+
+def clean(batches, config, report):
+    """Remove duplicates from batches of inspected documents: yields the texts to keep; fills the report of data.json."""
+    near, hashes = NearDuplicates(config.near_duplicate), set()
+    reasons = [*quality_rules(config.min_words, config.blocked_words), "exact duplicate", "near duplicate"]
+    removed = {name: dict(removed=0, bytes=0, examples=[]) for name in reasons}
+    spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
+    for document in itertools.chain.from_iterable(batches):
+        read, read_bytes, repaired = read + 1, read_bytes + document.bytes, repaired + document.repaired
+        reason = document.reason
+        if document.signature is not None:
+            reason = ("exact duplicate" if document.key in hashes else
+                      "near duplicate" if near.seen(document.signature) else None)
+            hashes.add(document.key)
+        spoiled[document.label] += 1
         if reason is None:
-            yield text
+            yield document.text
             continue
-        caught[label] += 1
+        caught[document.label] += 1
         entry = removed[reason]
         entry["removed"] += 1
-        entry["bytes"] += len(text.encode())
+        entry["bytes"] += len(document.text.encode())
         if len(entry["examples"]) < 3:
-            entry["examples"].append(text[:160])
+            entry["examples"].append(document.text[:160])
     bad, found = sum(n for label, n in spoiled.items() if label), sum(n for label, n in caught.items() if label)
     known = dict(recall=round(found / bad, 4), precision=round(found / max(1, sum(caught.values())), 4),
                  by_kind={k: f"{caught[k]} of {n}" for k, n in sorted(spoiled.items()) if k}) if bad else None
     report.update(documents_read=read, bytes_read=read_bytes, documents_repaired=repaired, rules=removed,
                   documents_kept=read - sum(caught.values()), against_the_world=known)
+
+
+def batches_of(items, size, length=len):
+    """Lists of consecutive items that are `size` long together, or somewhat longer."""
+    some, total = [], 0
+    for item in items:
+        some.append(item)
+        total += length(item)
+        if total >= size:
+            yield some
+            some, total = [], 0
+    if some:
+        yield some
+
+
+def ahead(pool, function, items):
+    """function(item) for each item, in order, computed by a pool that is a few items ahead: memory stays bounded."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 2 * os.cpu_count():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def begin_worker():
+    """What a process of a pool begins with: it leaves Ctrl-C to its parent, and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def split(texts, config):
@@ -464,27 +534,16 @@ def read_side(run, side):
 
 
 def encode_side(run, side, tokenizer, dtype):
-    """Text → ids in SIDE.bin.tmp, some megabytes at a time, on all cores; returns their number and checksum."""
-    def batches():
-        some, size = [], 0
-        for text in read_side(run, side):
-            some.append(text)
-            size += len(text)
-            if size > 4e6:
-                yield some
-                some, size = [], 0
-        yield some
-
+    """Text → ids in SIDE.bin.tmp, piece by piece, on all cores; returns their number and checksum."""
     def encode(texts):
         end = np.array([tokenizer.end_of_text])
         return np.concatenate([part for text in texts for part in (tokenizer.array(text), end)]).astype(dtype)
 
     n = checksum = 0
     with open(run.path(side + ".bin.tmp"), "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for some in batches():
-            for ids in pool.map(encode, [some[i:i + 64] for i in range(0, len(some), 64)]):
-                ids.tofile(f)
-                n, checksum = n + len(ids), zlib.crc32(ids, checksum)
+        for ids in ahead(pool, encode, batches_of(read_side(run, side), 2**18)):
+            ids.tofile(f)
+            n, checksum = n + len(ids), zlib.crc32(ids, checksum)
     return n, checksum
 
 
@@ -678,12 +737,12 @@ def rubric_score(record, response, ended):
 def respond(model, tokenizer, records, run, key, temperature=1.0):
     """A response of the model to each record's prompt, as ids; shared among the processes."""
     uniforms = run.uniforms(len(records), run.config.max_new_tokens, key)
-
-    def respond_to(rows):
+    mine, responses = run.share(len(records)), []
+    for rows in (mine[i:i + 256] for i in range(0, len(mine), 256)):
         prompts = [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows]
-        return generate(model, prompts, run.config.max_new_tokens, tokenizer.end, uniforms[list(rows)], temperature)[0]
-
-    return run.gather([r for part in run.map(respond_to, run.parts(len(records), 256)) for r in part])
+        responses += generate(model, prompts, run.config.max_new_tokens, tokenizer.end, uniforms[list(rows)],
+                              temperature)[0]
+    return run.gather(responses)
 
 
 def fitting(records, tokenizer, run, block_size):
@@ -1121,10 +1180,13 @@ def main():
             reserved = {record["prompt"] for record in prompts + held_out}
             documents = world_documents(world, creatures, config.megabytes * 1e6, reserved, rng)
 
-        written, histogram = write_sides(clean(documents, config, report), run, config)
+        with ProcessPoolExecutor(os.cpu_count(), initializer=begin_worker) as pool:
+            inspected = ahead(pool, functools.partial(inspect, config=config),
+                              batches_of(documents, 2**18, lambda document: len(document[0])))
+            written, histogram = write_sides(clean(inspected, config, report), run, config)
         problems.report()
-        print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired stray "
-              f"characters in {report['documents_repaired']:,}")
+        print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired "
+              f"characters or blanks in {report['documents_repaired']:,}")
         for name, rule in report["rules"].items():
             example = rule["examples"][0][:60].replace("\n", " ") if rule["examples"] else ""
             print(f"  {name:16}  {rule['removed']:6,} removed   {example!r}" if example else f"  {name:16}       0")

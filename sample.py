@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import (LanguageModel, Run, RunConfig, generate, load_checkpoint, load_config, load_reward_model, option,
-                   pad, restore, write_file)
+from model import (KVCache, LanguageModel, Run, RunConfig, generate, load_checkpoint, load_config, load_reward_model,
+                   option, pad, restore, write_file)
 from prepare import (as_text, fitting, held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl,
                      read_scorecard, render, respond, rubric_score, scorecard_table, update_scorecard)
 
@@ -80,7 +80,7 @@ def newest_stage(run, default=""):
     return next((s for s in reversed(STAGES) if os.path.exists(run.path(s + ".pt"))), "pretrain")
 
 
-def stream(run, tokenizer, model, ids, key):
+def stream(run, tokenizer, model, ids, key, cache=None):
     """Continue ids and print each token as it comes; returns the text. Bytes wait for the rest of their character."""
     config, decoder, text = run.config, codecs.getincrementaldecoder("utf-8")("replace"), []
 
@@ -91,7 +91,7 @@ def stream(run, tokenizer, model, ids, key):
 
     stop = tokenizer.end if ids[-1] != tokenizer.end_of_text and tokenizer.start in ids else tokenizer.end_of_text
     generate(model, [ids], config.max_new_tokens, stop, run.uniforms(1, config.max_new_tokens, 8, key),
-             config.temperature, config.top_k, config.top_p, show)
+             config.temperature, config.top_k, config.top_p, show, cache)
     print()
     return "".join(text)
 
@@ -109,6 +109,7 @@ def chat(run, tokenizer, model):
     """A conversation; the oldest turns are forgotten when it outgrows the context."""
     print("Type a message; an empty line starts over, Ctrl-D or Ctrl-C ends.")
     messages, turn = [], 0
+    cache = KVCache(model.model.config, 1, model.model.config.block_size, model.lm_head.weight)  # of the turns so far
     while True:
         try:
             text = input("\nyou> ").strip()
@@ -126,7 +127,7 @@ def chat(run, tokenizer, model):
             messages = []
             continue
         print("model> ", end="")
-        messages.append(dict(role="assistant", content=stream(run, tokenizer, model, ids, turn)))
+        messages.append(dict(role="assistant", content=stream(run, tokenizer, model, ids, turn, cache)))
         turn += 1
 
 

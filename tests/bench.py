@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -377,10 +378,18 @@ def clean(args):
 
     def near_duplicates():
         near = prepare.NearDuplicates(prepare.PrepareConfig.near_duplicate)
-        return [near.seen(text) for text in texts]
+        return [near.seen(signature) for some in prepare.batches_of(texts, 2**18) for signature in prepare.minhash(some)]
 
-    contenders = [Contender("clean", lambda: list(prepare.clean(documents, prepare.PrepareConfig(), {})), 0, THREADS),
-                  Contender("NearDuplicates alone", near_duplicates, 0, THREADS)]
+    def clean_on(pool):
+        config = prepare.PrepareConfig()
+        batches = prepare.batches_of(documents, 2**18, lambda document: len(document[0]))
+        inspect = functools.partial(prepare.inspect, config=config)
+        return list(prepare.clean(prepare.ahead(pool, inspect, batches) if pool else map(inspect, batches), config, {}))
+
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=prepare.begin_worker)
+    contenders = [Contender("clean, one process", lambda: clean_on(None), 0, THREADS),
+                  Contender("clean, as prepare.py", lambda: clean_on(pool), 0, THREADS),
+                  Contender("near duplicates alone", near_duplicates, 0, THREADS)]
     for c, s in zip(contenders, race(contenders, args.blocks, 0)):
         emit(bench="clean", variant=c.name, docs_per_s=len(documents) / s, seconds=s, peak_mb=peak_mb())
 

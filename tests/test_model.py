@@ -11,9 +11,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as model_module
-from model import (IGNORE, THREADS, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run, RunConfig, ScalarModel,
-                   TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep, learning_rate_factor,
-                   load_checkpoint, load_config, newton_schulz, next_token_probabilities, option, pad)
+from model import (IGNORE, THREADS, KVCache, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run, RunConfig,
+                   ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep,
+                   learning_rate_factor, load_checkpoint, load_config, newton_schulz, next_token_probabilities, option,
+                   pad)
 
 STOP = 0
 
@@ -289,6 +290,37 @@ def test_generate_fills_the_context():
                 expected = -model(torch.tensor([prompt + response[:-1]]),
                                   torch.tensor([[IGNORE] * (len(prompt) - 1) + response]))[0, len(prompt) - 1:]
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
+
+
+def test_generate_reads_only_what_is_new_in_a_conversation():
+    """With a cache that is kept from turn to turn the responses are those without one, whether a prompt goes on from the
+    last response, departs from it, repeats or starts anew; and only what is new is read."""
+    model, u, read = sampling_model(block_size=64), uniforms(1, 8), []
+    cache, ids, response = KVCache(model.model.config, 1, 64, model.lm_head.weight), [], []
+    model.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    for turn, new in ((lambda: [1, 5, 6], 3), (lambda: ids + response + [7, 8, 9], 4), (lambda: ids[:4] + [9] * 13, 13),
+                      (lambda: ids, 1), (lambda: ids[:-5], 1), (lambda: [6, 1, 2], 3)):
+        ids = turn()
+        expected = generate(model, [ids], 8, STOP, u)
+        read.clear()
+        (response,), (logprobs,) = generate(model, [ids], 8, STOP, u, cache=cache)
+        assert response == expected[0][0] and read == [new] + [1] * (len(response) - 1)
+        np.testing.assert_allclose(logprobs, expected[1][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_top_p_without_sorting_all(scale, top_p):
+    """The likeliest words are looked for among the first few, then among more: the result is that of a full sort, for
+    flat distributions and for peaked ones, over a vocabulary that is larger than both."""
+    logits = scale * torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
+    p = (logits + 1e-4 * torch.arange(3000)).double().softmax(-1)  # no two alike
+    found = next_token_probabilities(logits + 1e-4 * torch.arange(3000), top_p=top_p)
+    for row, got in zip(p, found):
+        ordered, order = row.sort(descending=True)
+        n = int((ordered.cumsum(-1) < top_p).sum()) + 1
+        assert abs(int((got > 0).sum()) - n) <= 1  # by rounding
+        torch.testing.assert_close(got[order[:n - 1]].double(), ordered[:n - 1] / ordered[:n].sum(), rtol=2e-3, atol=1e-6)
 
 
 def test_generate_refuses_a_prompt_that_fills_the_context():
