@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.n_embd)
         head_dim = config.n_embd // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)     # (D/2,)
-        length = config.block_size + 15                                 # `pad` rounds up
+        length = config.block_size + 7                                  # `pad` rounds up
         angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)               # (length, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -282,9 +282,9 @@ class KVCache:
 
 
 def pad(sequences, value=0):
-    """Lists of ids → one (B, T) tensor, padded on the right. T is a multiple of 16: CPU kernels are made anew for
+    """Lists of ids → one (B, T) tensor, padded on the right. T is a multiple of 8: CPU kernels are made anew for
     every new shape, which costs time and memory, and padding on the right changes nothing."""
-    T = -(-max(map(len, sequences)) // 16) * 16
+    T = -(-max(map(len, sequences)) // 8) * 8
     return torch.tensor([list(s) + [value] * (T - len(s)) for s in sequences])
 
 
@@ -313,7 +313,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:  # the smallest set of words whose probabilities reach top_p (Holtzman et al. 2019)
         n, enough = 64, top_p * probs.sum(-1, keepdim=True)
         ordered, order = probs.topk(min(n, probs.shape[-1]))
-        while n < probs.shape[-1] and (ordered.sum(-1, keepdim=True) < enough).any():  # rarely: no need to sort them all
+        while n < probs.shape[-1] and (ordered.sum(-1, keepdim=True) < enough).any():  # rarely: few are enough
             n *= 8
             ordered, order = probs.topk(min(n, probs.shape[-1]))
         before = ordered.cumsum(-1) - ordered
@@ -338,8 +338,8 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
     prompts: lists of ids, none empty. uniforms (B, max_new_tokens): the random numbers, one for each token, so that a
     row's text depends on its own row of numbers alone, not on its neighbours in the batch. Rows that have ended leave
     the batch. Returns (responses, logprobs): for each prompt its new ids, `stop` included, and the log-probability of
-    each under the distribution it was drawn from. `on_token(row, id)` is called for each new token. With a `cache` of the
-    whole context, kept from call to call, a single prompt is read from where it departs from what was read before."""
+    each under the distribution it was drawn from. `on_token(row, id)` is called for each new token. With a `cache` for
+    the whole context, kept from call to call, a single prompt is read from where it departs from what it has read."""
     trunk, config, device = model.model, model.model.config, model.lm_head.weight.device
     lengths = torch.tensor([len(p) for p in prompts])
     if lengths.max() >= config.block_size:
@@ -405,7 +405,7 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are stacked and orthogonalised together, which on small models is most of the speed."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr=0.02, momentum=0.9, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -427,17 +427,27 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon for the matrices of the blocks, AdamW for everything else (embeddings, heads, norms), as one optimizer."""
+    """Muon for the matrices of the blocks, AdamW for everything else (embeddings, heads, norms), as one optimizer.
 
-    def __init__(self, model, learning_rate, muon_learning_rate=0.0, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    With `shard` each process keeps the state of a part of the weights, updates them and sends them to the others: the
+    same result in less memory (Rajbhandari et al. 2020, "ZeRO", stage 1)."""
+
+    def __init__(self, model, learning_rate, muon_learning_rate=0.0, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8,
+                 muon_momentum=0.9, shard=False):
+        def make(optimizer, params, **settings):
+            if not (shard and dist.is_initialized()):
+                return optimizer(params, **settings)
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+            return ZeroRedundancyOptimizer(params, optimizer, **settings)
+
         inner = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
         inner = inner if muon_learning_rate else []
         rest = [p for p in model.parameters() if all(p is not q for q in inner)]
         groups = [dict(params=[p for p in rest if p.dim() == 2], weight_decay=weight_decay),
                   dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
-        self.all = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)]
+        self.all = [make(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, eps=eps, fused=True)]
         if inner:
-            self.all.append(Muon(inner, lr=muon_learning_rate, weight_decay=weight_decay))
+            self.all.append(make(Muon, inner, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay))
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
 
     def step(self, factor=1.0):
@@ -447,6 +457,12 @@ class Optimizers:
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad()
+
+    def gather(self):
+        """Collect the parts of all processes in the first, which alone can give the state_dict then."""
+        for optimizer in self.all:
+            if hasattr(optimizer, "consolidate_state_dict"):
+                optimizer.consolidate_state_dict()
 
     def state_dict(self):
         return [optimizer.state_dict() for optimizer in self.all]
@@ -835,6 +851,9 @@ class Run:
     def save(self, name, step, best=None, **more):
         """Write a checkpoint by way of a temporary file: killed at any instant, a whole one is there, and once this
         returns, every process finds it."""
+        for part in self.saved.values():
+            if isinstance(part, Optimizers):
+                part.gather()
         if not self.main:
             return self.barrier()
         path = self.path(name)

@@ -28,15 +28,15 @@ class PPOConfig(TrainConfig):
     table = "ppo"
     variant: str = option("", "a name for this policy, ppo-NAME.pt, beside others in the run folder")
     reward: str = option("", "the variant of the reward model to please, reward-NAME.pt")
-    max_steps: int = option(36, "iterations: rollout, then update", low=1)
+    max_steps: int = option(40, "iterations: rollout, then update", low=1)
     batch_size: int = option(96, "prompts an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step", low=1)
     micro_batch_size: int = option(64, "responses a process computes at once", low=1)
     epochs: int = option(2, "passes over each rollout", low=1)
-    learning_rate: float = option(5e-4, "peak rate of the policy, annealed to 0", low=0)
+    learning_rate: float = option(3e-4, "peak rate of the policy, annealed to 0", low=0)
     value_learning_rate: float = option(1e-3, "peak rate of the value function, annealed to 0", low=0)
     warmup_steps: int = option(0, "iterations of linear warm-up", low=0)
-    kl_coefficient: float = option(0.05, "β: reward lost per nat of log π/π_SFT", low=0)
+    kl_coefficient: float = option(0.1, "β: reward lost per nat of log π/π_SFT", low=0)
     kl_target: float = option(0.0, "adapt β so that KL comes to this, in nats a response; 0: β stays", low=0)
     kl_horizon: float = option(10000.0, "with kl_target: responses over which β adapts", low=1)
     kl_stop: float = option(0.0, "end an update at this distance from the sampling policy, in nats a token; 0: never",

@@ -426,7 +426,8 @@ def inspect(documents, config):
         text = repair(raw) if config.cleaning else raw
         words = text.split()
         reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
-        document = Document(text, label, len(raw.encode("utf-8", "replace")), config.cleaning and text != raw.strip(), reason)
+        size, repaired = len(raw.encode("utf-8", "replace")), config.cleaning and text != raw.strip()
+        document = Document(text, label, size, repaired, reason)
         if len(words) >= 8 and config.cleaning:  # shorter ones, "Yes." or "Chapter 1", are alike by chance
             document.key = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=8).digest()
         inspected.append(document)
@@ -437,7 +438,7 @@ def inspect(documents, config):
 
 
 def clean(batches, config, report):
-    """Remove duplicates from batches of inspected documents: yields the texts to keep; fills the report of data.json."""
+    """Remove duplicates from batches of inspected documents: yields the texts to keep, and fills the report."""
     near, hashes = NearDuplicates(config.near_duplicate), set()
     reasons = [*quality_rules(config.min_words, config.blocked_words), "exact duplicate", "near duplicate"]
     removed = {name: dict(removed=0, bytes=0, examples=[]) for name in reasons}
@@ -738,7 +739,7 @@ def respond(model, tokenizer, records, run, key, temperature=1.0):
     """A response of the model to each record's prompt, as ids; shared among the processes."""
     uniforms = run.uniforms(len(records), run.config.max_new_tokens, key)
     mine, responses = run.share(len(records)), []
-    for rows in (mine[i:i + 256] for i in range(0, len(mine), 256)):
+    for rows in (mine[i:i + 512] for i in range(0, len(mine), 512)):
         prompts = [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows]
         responses += generate(model, prompts, run.config.max_new_tokens, tokenizer.end, uniforms[list(rows)],
                               temperature)[0]

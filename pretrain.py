@@ -24,13 +24,15 @@ from prepare import bits_per_byte, held_out_prompts, load_tokenizer, load_tokens
 @dataclass
 class PretrainConfig(ModelConfig, TrainConfig):
     table = "pretrain"
-    max_steps: int = option(900, "optimizer steps", low=1)
+    max_steps: int = option(550, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
     micro_batch_size: int = option(16, "sequences a process computes at once; the rest is accumulated", low=1)
-    learning_rate: float = option(3e-3, "peak rate of AdamW (embeddings, norms)", low=0)
+    learning_rate: float = option(5e-3, "peak rate of AdamW (embeddings, norms)", low=0)
     muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
+    muon_momentum: float = option(0.8, "momentum of Muon; 0.95 for large batches", low=0, high=1)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
-    eval_every: int = option(300, "steps between evaluations and checkpoints", low=1)
+    eval_every: int = option(275, "steps between evaluations and checkpoints", low=1)
+    shard_optimizer: bool = option(False, "each process keeps a part of the optimizer's state: less memory on many")
     recompute: bool = option(False, "keep no activations within blocks: less memory, a third more arithmetic")
     compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
 
@@ -89,7 +91,8 @@ def main():
         model_config = ModelConfig(**{k: v for k, v in asdict(config).items() if k in ModelConfig.__dataclass_fields__})
         model = LanguageModel(model_config).to(run.device)
         model.model.recompute = config.recompute
-        optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
+        optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay,
+                               muon_momentum=config.muon_momentum, shard=config.shard_optimizer)
         checkpoint = run.start(tokenizer, "prepare: train.bin", model=model, optimizer=optimizer)
         step, best = checkpoint["step"], checkpoint["best"]
         trained = run.wrap(torch.compile(model) if config.compile else model)

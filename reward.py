@@ -465,16 +465,17 @@ def train_reward_model(run, config, tokenizer):
             run.stopped(f"{run.stage}.last.pt")
 
     pairs = all_pairs(val, score_all(model, val, tokenizer, run), records)
-    # Only differences of scores have meaning so far. Shift and scale them to mean 0 and standard deviation 1 over the
-    # SFT model's samples, so that PPO's KL coefficient means the same for every reward model (Stiennon et al. 2020).
-    scores = np.concatenate([np.array(s) for s in score_all(model, train, tokenizer, run)])
+    # Only differences of scores have meaning so far. Shift and scale them to mean 0 and standard deviation 1 over some
+    # of the SFT model's samples, so that PPO's KL coefficient means the same for every one (Stiennon et al. 2020).
+    some = train[:1000]
+    scores = np.concatenate([np.array(s) for s in score_all(model, some, tokenizer, run)])
     mean, std = float(scores.mean()), float(scores.std())
     with torch.no_grad():
         model.score.weight.div_(std)
         model.score.bias.sub_(mean).div_(std)
     run.save(f"{run.stage}.pt", step, score_mean=mean, score_std=std)
     if run.main:
-        tokens = [len(x["tokens"]) for r in train for x in r["responses"]]
+        tokens = [len(x["tokens"]) for r in some for x in r["responses"]]
         figures = dict(accuracies(pairs), **inspect(pairs), n=len(val), pairs=len(pairs["gold"]), rankings=len(train),
                        annotators=who, seconds=round(run.elapsed(), 1))
         figures["length_correlation"] = round(float(np.corrcoef(scores, tokens)[0, 1]), 4) if np.std(tokens) else 0.0
@@ -484,8 +485,8 @@ def train_reward_model(run, config, tokenizer):
                 f"{gap} {share:.1%} of {n}" for gap, (share, n) in figures["accuracy_by_gap"].items())
                 + f"; the annotator agrees with the rubric on {figures['ceiling']:.1%}")
         print("calibration, predicted → preferred: " + ", ".join(
-            f"{p:.2f} → {q:.2f}" for p, q, _ in figures["calibration"])
-            + f"; the longer one was preferred in {figures.get('longer_wins', np.nan):.1%}")
+            f"{p:.2f} → {q:.2f}" for p, q, _ in figures["calibration"]) + (
+            f"; the longer one was preferred in {figures['longer_wins']:.1%}" if "longer_wins" in figures else ""))
         print(f"scores normalised (mean {mean:.2f}, standard deviation {std:.2f} before); correlation with length "
               f"{figures['length_correlation']:.2f}; next: python ppo.py")
 

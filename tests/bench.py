@@ -378,7 +378,7 @@ def clean(args):
 
     def near_duplicates():
         near = prepare.NearDuplicates(prepare.PrepareConfig.near_duplicate)
-        return [near.seen(signature) for some in prepare.batches_of(texts, 2**18) for signature in prepare.minhash(some)]
+        return [near.seen(s) for some in prepare.batches_of(texts, 2**18) for s in prepare.minhash(some)]
 
     def clean_on(pool):
         config = prepare.PrepareConfig()

@@ -83,6 +83,23 @@ def test_resume_with_more_processes(folder, tmp_path):
 
 
 @needs_torchrun
+def test_an_optimizer_in_parts(folder, tmp_path):
+    """Begun by one process, resumed by two that share out the optimizer's state, and finished by one again,
+    pretraining has the losses, weights and optimizer of one process (catches parts of the state that are not saved)."""
+    out_dir = copy(folder, tmp_path / "out", INPUTS["pretrain"])
+    assert 0 < interrupt(out_dir, "pretrain", *OPTIONS["pretrain"]) < 40
+    succeed("pretrain", out_dir, *OPTIONS["pretrain"], "--resume", "--shard_optimizer", python=TORCHRUN)
+    succeed("pretrain", out_dir, *OPTIONS["pretrain"], "--resume")
+    one, two = read_log(folder, "pretrain", "loss"), read_log(out_dir, "pretrain", "loss")
+    assert all(two[step] == pytest.approx(one[step], abs=1e-4) for step in one.keys() & two.keys()) and max(two) == 40
+    one, two = load(folder / "pretrain.last.pt"), load(out_dir / "pretrain.last.pt")
+    for a, b in zip(one["optimizer"], two["optimizer"], strict=True):
+        assert a["state"].keys() == b["state"].keys() and a["param_groups"] == b["param_groups"]
+        torch.testing.assert_close(b["state"], a["state"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-3)
+
+
+@needs_torchrun
 def test_a_rank_that_dies_is_replaced(folder, tmp_path):
     """Under torchrun --max-restarts one process is killed; the run comes back by itself from its last checkpoint, and
     ends with the losses of an undisturbed one."""

@@ -320,7 +320,8 @@ def test_top_p_without_sorting_all(scale, top_p):
         ordered, order = row.sort(descending=True)
         n = int((ordered.cumsum(-1) < top_p).sum()) + 1
         assert abs(int((got > 0).sum()) - n) <= 1  # by rounding
-        torch.testing.assert_close(got[order[:n - 1]].double(), ordered[:n - 1] / ordered[:n].sum(), rtol=2e-3, atol=1e-6)
+        expected = ordered[:n - 1] / ordered[:n].sum()
+        torch.testing.assert_close(got[order[:n - 1]].double(), expected, rtol=2e-3, atol=1e-6)
 
 
 def test_generate_refuses_a_prompt_that_fills_the_context():
