@@ -120,6 +120,25 @@ def test_a_rank_that_dies_is_replaced(folder, tmp_path):
     assert load(out_dir / "pretrain.pt")["step"] > 0
 
 
+@needs_fork
+def test_killed_preparation_leaves_no_process_behind(tmp_path):
+    """The processes that clean end with their parent, even if it is killed: none goes on, none keeps the folder."""
+    def ps(*options):
+        return subprocess.run(["ps", "-o", *options], stdout=subprocess.PIPE, text=True).stdout.split()
+
+    quiet = PIPES | dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process, children = subprocess.Popen(command("prepare", tmp_path, "--megabytes=50"), **quiet), []
+    while len(children) < os.cpu_count() and process.poll() is None:
+        children = ps("pid=", "--ppid", str(process.pid))
+    process.kill()
+    process.wait()
+    deadline = time.time() + 20
+    while time.time() < deadline and any(ps("stat=", "-p", child)[:1] not in ([], ["Z"]) for child in children):
+        time.sleep(0.1)
+    assert len(children) >= os.cpu_count() and time.time() < deadline
+    succeed("prepare", tmp_path, *OPTIONS["prepare"])
+
+
 def test_two_runs_in_one_folder(folder, tmp_path):
     """While a stage is at work in a folder, another one refuses and names its process; a reader does not mind."""
     pytest.importorskip("fcntl")
