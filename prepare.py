@@ -71,6 +71,7 @@ class PrepareConfig(RunConfig):
     blocked_words: str = option("scum,vermin", "cleaning: a document with one of these words is removed")
     near_duplicate: float = option(0.8, "cleaning: Jaccard similarity from which documents are duplicates",
                                    low=0.1, high=1.0)
+    duplicate_words: int = option(8, "cleaning: shorter documents, as headings and refrains, may repeat", low=1)
     n_demonstrations: int = option(900, "prompt–response pairs for sft.py", low=1)
     n_prompts: int = option(5400, "prompts for reward.py and ppo.py", low=2)
     compare_share: float = option(0.75, "share of them that reward.py collects comparisons on", low=0.01, high=0.99)
@@ -428,7 +429,7 @@ def inspect(documents, config):
         reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
         size, repaired = len(raw.encode("utf-8", "replace")), config.cleaning and text != raw.strip()
         document = Document(text, label, size, repaired, reason)
-        if len(words) >= 8 and config.cleaning:  # shorter ones, "Yes." or "Chapter 1", are alike by chance
+        if config.cleaning and len(words) >= config.duplicate_words:
             document.key = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=8).digest()
         inspected.append(document)
     compared = [d for d in inspected if d.key and not d.reason]

@@ -344,10 +344,12 @@ def test_exact_duplicates_up_to_case_and_blanks():
 
 
 def test_short_texts_are_no_duplicates():
-    """Of texts with fewer than eight words many are equal by chance, as headings are: they are kept."""
+    """Of texts with fewer words than duplicate_words many are equal by chance, as headings are: they are kept."""
     texts = ["Chapter I", "Yes.", "Chapter I", "Yes.", "The fox is in the old mill, we know it."] * 2
     kept, report = run_clean([(text, "") for text in texts], min_words=1)
     assert kept == texts[:9] and report["rules"]["exact duplicate"]["removed"] == 1
+    assert run_clean([(text, "") for text in texts], min_words=1, duplicate_words=11)[0] == texts
+    assert run_clean([(text, "") for text in texts], min_words=1, duplicate_words=1)[0] == [*texts[:2], texts[4]]
 
 
 def test_counts_of_the_report_add_up():
