@@ -636,7 +636,7 @@ class Run:
         torch.manual_seed(config.seed)
         torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
         with contextlib.suppress(TypeError, AttributeError):  # glibc: keep what is freed, a step asks for it again
-            for parameter, value in ((-3, 2**30), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_…, M_ARENA_MAX
+            for parameter, value in ((-3, 2**26), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_…, M_ARENA_MAX
                 ctypes.CDLL(None).mallopt(parameter, value)
         # On a CPU each thread computes micro-batches of its own: small matrices are not worth sharing among threads.
         alone = kind == "cpu" and self.world == 1 and graceful and not getattr(config, "compile", False)

@@ -782,7 +782,8 @@ def bits_per_byte(model, run):
         with run.autocast():
             return model(batch[:, :-1].clamp(min=0), batch[:, 1:]).sum().item()
 
-    return run.sum(sum(run.map(nats, run.parts(len(starts), 16)))) / math.log(2) / data["val"]["bytes"]
+    parts = run.parts(len(starts), max(1, 4096 // T))  # logits of a large vocabulary are large
+    return run.sum(sum(run.map(nats, parts))) / math.log(2) / data["val"]["bytes"]
 
 
 def measure(tokenizer, records, responses):

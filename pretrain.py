@@ -62,14 +62,15 @@ def flops_per_token(model, T):
     return 6 * (matrices + c.tie_embeddings * c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
 
-def memory_needed(model, config, dtype):
-    """Bytes of weights, gradients and optimizer state, and of the activations of a micro-batch: an estimate.
+def memory_needed(model, config, dtype, threads=1):
+    """Bytes of weights, two moments, gradients and activations, these for each thread that computes: an estimate.
 
     A block keeps about 12 vectors of its width and 4 of the MLP's for each token; with recompute, its input alone."""
-    c, tokens = model.model.config, config.micro_batch_size * config.block_size
+    c, parameters = model.model.config, sum(p.numel() for p in model.parameters())
     kept = c.n_embd if config.recompute else 12 * c.n_embd + 4 * c.n_inner
     activations = dtype.itemsize * c.n_layer * kept + (4 + 4 + dtype.itemsize) * c.vocab_size  # logits, their gradient
-    return 16 * sum(p.numel() for p in model.parameters()) + tokens * activations
+    tokens = min(config.batch_size, threads * config.micro_batch_size) * config.block_size
+    return (12 + 4 * threads) * parameters + tokens * activations
 
 
 def main():
@@ -102,7 +103,7 @@ def main():
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
                   f"matrix products reach {peak / 1e9:.0f} GFLOP/s here; each process needs about "
-                  f"{memory_needed(model, config, run.dtype) / 1e9:.2f} GB")
+                  f"{memory_needed(model, config, run.dtype, run.threads) / 1e9:.2f} GB")
 
         n_targets = config.batch_size * config.block_size
         nats = math.log(2) * data["val"]["bytes"] / data["val"]["characters"]  # a bit per byte in nats per character
