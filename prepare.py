@@ -397,8 +397,10 @@ class NearDuplicates:
         if len(candidates) and (self.signatures[candidates] == signature).mean(1).max() >= self.threshold:
             return True
         if self.n == len(self.signatures):  # full: twice the room, and the table anew
-            self.signatures = np.concatenate([self.signatures, np.zeros_like(self.signatures)])
-            self.table = np.full((len(self.bands), 2 * self.table.shape[1]), -1, np.int32)
+            grown = np.zeros((2 * self.n, len(ADD)), np.uint16)  # memory that is not written to yet is not taken yet
+            grown[:self.n] = self.signatures
+            self.signatures, self.table = grown, None
+            self.table = np.full((len(self.bands), 2 * self.n), -1, np.int32)
             for start in range(0, self.n, 4096):
                 chunk = np.arange(start, min(self.n, start + 4096), dtype=np.int32)
                 self.table[self.bands, self.places(self.signatures[chunk])] = chunk[:, None]
