@@ -405,7 +405,7 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are stacked and orthogonalised together, which on small models is most of the speed."""
 
-    def __init__(self, params, lr=0.02, momentum=0.9, weight_decay=0.0):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -433,7 +433,7 @@ class Optimizers:
     same result in less memory (Rajbhandari et al. 2020, "ZeRO", stage 1)."""
 
     def __init__(self, model, learning_rate, muon_learning_rate=0.0, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8,
-                 muon_momentum=0.9, shard=False):
+                 muon_momentum=0.95, shard=False):
         def make(optimizer, params, **settings):
             if not (shard and dist.is_initialized()):
                 return optimizer(params, **settings)
