@@ -310,6 +310,18 @@ def run_clean(documents, **changes):
     return list(clean(batches, config, report)), report
 
 
+def test_keys_are_a_set():
+    """Keys knows what Python's set of the same integers knows, before and after it has sorted them, up to 2**64 - 1."""
+    rng, keys, plain = random.Random(1), prepare.Keys(), set()
+    for key in [0, 2**64 - 1, *(rng.getrandbits(64) for _ in range(150_000))]:
+        assert (key in keys) == (key in plain)
+        keys.add(key)
+        plain.add(key)
+    assert len(keys.sorted) == 2**17 and len(keys.latest) == 150_002 - 2**17
+    assert all(key in keys for key in plain) and not any(rng.getrandbits(64) in keys for _ in range(1000))
+    assert keys.sorted.nbytes == 8 * 2**17
+
+
 def test_near_duplicates_survive_growth():
     """The table grows with the number of texts, and still knows the first of them; few are lost to a shared place."""
     near = NearDuplicates(0.8)
