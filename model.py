@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """Trunk and one number per position, (B, T): a reward model reads it at the last token, a value function at all."""
+    """Trunk and one number per position: a value function. A reward model is that number at a sequence's last token."""
 
     def __init__(self, config):
         super().__init__()
@@ -236,8 +236,10 @@ class ScalarModel(nn.Module):
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))  # Stiennon et al. 2020, B.1
         nn.init.zeros_(self.score.bias)
 
-    def forward(self, tokens):
-        return self.score(self.model(tokens)).squeeze(-1).float()
+    def forward(self, tokens, lengths=None):
+        """tokens (B, T) → (B, T); with the lengths (N,) of the first N ≤ B rows → the score of each as a whole, (N,)."""
+        scores = self.score(self.model(tokens)).squeeze(-1).float()
+        return scores if lengths is None else scores[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 
     def adopt(self, state_dict):
         """Take over the trunk of a saved model that is at least as deep: the lower layers, when it is deeper."""

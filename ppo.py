@@ -149,7 +149,7 @@ def response_values(model, batch):
 def last_token_scores(model, batch):
     """The reward model's score of each whole sequence, (B,)."""
     tokens, _, starts, lengths = batch
-    return model(tokens).gather(1, (starts + lengths)[:, None]).squeeze(1)
+    return model(tokens, starts + lengths + 1)
 
 
 def rollout(run, config, tokenizer, policy, records, step):

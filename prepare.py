@@ -802,7 +802,7 @@ def bits_per_byte(model, run):
         with run.autocast():
             return model(batch[:, :-1].clamp(min=0), batch[:, 1:]).sum().item()
 
-    parts = run.parts(len(starts), max(1, 4096 // T))  # logits of a large vocabulary are large
+    parts = run.parts(len(starts), max(1, 2048 // T))  # logits of a large vocabulary are large
     return run.sum(sum(run.map(nats, parts))) / math.log(2) / data["val"]["bytes"]
 
 

@@ -282,7 +282,8 @@ def report_agreement(rankings, simulated):
     if list(by) == ["simulated"]:
         return
     first = {name: [r for r in some if not r.get("repeat")] for name, some in by.items()}
-    first.setdefault("simulated", simulated)
+    if simulated:
+        first.setdefault("simulated", simulated)
     for a, b in combinations(sorted(first), 2):
         share, n = agreement(first[a], first[b])
         print(f"  {a} and {b}: agree on {share:.1%} of {n} pairs" if n else f"  {a} and {b}: no pair in common")
@@ -303,11 +304,6 @@ def ranking_loss(scores, ranks):
     better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] >= 0)                 # (P, K, K): i above j
     margin = scores[:, :, None] - scores[:, None, :]                                            # (P, K, K): r_i - r_j
     return -(F.logsigmoid(margin) * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
-
-
-def last_token_score(model, tokens, lengths):
-    """r of whole sequences, the scalar at each one's last token: tokens (≥ N, T) padded, lengths (N,) → (N,)."""
-    return model(tokens)[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 
 
 def make_batch(rankings, tokenizer, device):
@@ -332,7 +328,7 @@ def length(ranking, tokenizer):
 def batch_loss(model, rankings, tokenizer, device):
     """Σ ranking_loss over some prompts."""
     tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
-    scores = last_token_score(model, tokens, lengths)                                           # (N,)
+    scores = model(tokens, lengths)                                                             # (N,)
     return ranking_loss(torch.zeros(ranks.shape, device=device).masked_scatter(ranks >= 0, scores), ranks).sum()
 
 
@@ -342,7 +338,7 @@ def score_all(model, rankings, tokenizer, run):
     def scores(part):
         tokens, lengths, ranks = make_batch([rankings[i] for i in part], tokenizer, run.device)
         with run.autocast():
-            rows = last_token_score(model, tokens, lengths)
+            rows = model(tokens, lengths)
         return [row.tolist() for row in rows.split((ranks >= 0).sum(1).tolist())]
 
     return run.gather([row for rows in run.map(scores, run.parts(len(rankings), 16)) for row in rows])

@@ -60,8 +60,7 @@ def proxy_scores(reward_model, tokenizer, records, responses):
     for i in range(0, len(records), 256):
         whole = [prompt_ids(tokenizer, r["prompt"]) + ids for r, ids in zip(records[i:i + 256], responses[i:i + 256])]
         device = reward_model.score.weight.device
-        last = torch.tensor([[len(ids) - 1] for ids in whole], device=device)
-        scores += reward_model(pad(whole).to(device)).gather(1, last).squeeze(1).tolist()
+        scores += reward_model(pad(whole).to(device), torch.tensor([len(ids) for ids in whole], device=device)).tolist()
     return scores
 
 

@@ -18,7 +18,7 @@ from model import (IGNORE, LanguageModel, ModelConfig, Optimizers, Run, RunConfi
 from ppo import (adapted_kl_coefficient, gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten)
 from prepare import Tokenizer, prompt_ids, rubric_score
 from sample import best_of_n_kl
-from reward import accuracies, all_pairs, group_ties, last_token_score, parse_ranking, ranking_loss, simulated_annotator
+from reward import accuracies, all_pairs, group_ties, parse_ranking, ranking_loss, simulated_annotator
 
 torch.manual_seed(0)
 
@@ -223,10 +223,10 @@ def test_score_of_a_row_alone_equals_row_in_batch():
     that is a mean over all positions)."""
     model, lengths = tiny(ScalarModel).double(), torch.tensor([len(r) for r in ROWS])
     with torch.no_grad():
-        together = last_token_score(model, pad(ROWS), lengths)
-        close(last_token_score(model, pad([r + [11, 12] for r in ROWS], 7), lengths), together, 1e-6)
+        together = model(pad(ROWS), lengths)
+        close(model(pad([r + [11, 12] for r in ROWS], 7), lengths), together, 1e-6)
         for row, score in zip(ROWS, together):
-            alone = last_token_score(model, torch.tensor([row]), torch.tensor([len(row)]))
+            alone = model(torch.tensor([row]), torch.tensor([len(row)]))
             close(score, alone[0], 1e-6)
             close(score, model(torch.tensor([row]))[0, -1], 1e-6)
         prompts, responses = [r[:1] for r in ROWS], [r[1:] for r in ROWS]
