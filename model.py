@@ -797,7 +797,9 @@ class Run:
     def wrap(self, model):
         """Every forward pass that is trained goes through what this returns: DDP averages gradients over processes."""
         model.to(self.device)
-        return nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+        if self.world == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def uniforms(self, n, width, *key):
         """(n, width) random numbers that depend on the seed and `key` alone, not on the number of processes."""

@@ -2,6 +2,7 @@
 
     python tests/bench.py                                      everything, both shapes: about an hour on two cores
     python tests/bench.py pretrain --shape=S --against=PATH    beside the nanoGPT that is checked out at PATH
+    python tests/bench.py ppo --peers                          beside trl; generate: also beside Hugging Face's generate
     python tests/bench.py tokenizer --text=FILE                on a text of your own instead of the tiny world's
     python tests/bench.py cost --plot                          … and cost.png, with matplotlib
 
@@ -15,7 +16,8 @@ Shapes: S = 4 layers × 128, context 256, batch 16, vocabulary 2,048 (1.05 M par
 block the 12·C² weights of nanoGPT's. Tokens are random.
 
 A row is a line of JSON; at the end all are a table. Contenders run in turn, A B C A B C …, in one process, and
-figures are medians over the blocks. `ratio` is the speed over that of nanoGPT, or of tiktoken's own batches. `mfu` is
+figures are medians over the blocks. `ratio` is the speed over that of nanoGPT, else of trl or Hugging Face (all in
+fp32 and on random weights of the same shape; the latter two run the very Qwen3), or of tiktoken's own batches. `mfu` is
 6·N FLOPs a token and those of attention, over the rate of a large matrix product of the same precision on all threads;
 `mfu_fp32` is over that of fp32. `peak_mb` is the peak memory of a process of its own, PyTorch with it (on CUDA: of the
 tensors on the GPU). nanoGPT has PyTorch's default threads; the project computes micro-batches on threads of their own, as Run does.
@@ -59,6 +61,7 @@ SHAPES = dict(S=dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_inner=384, 
 PROMPTS, PROMPT, NEW = 64, 32, 64  # prompts, their tokens, new tokens
 COLUMNS = ("bench", "shape", "variant", "tokens_per_s", "seconds", "rollout_s", "scoring_s", "update_s", "docs_per_s",
            "mb_per_s", "gflop_per_s", "gflop_6nt", "mfu", "mfu_fp32", "ratio", "peak_mb")
+HF, TRL = "transformers", "trl"
 ROWS = []
 
 
@@ -162,6 +165,56 @@ def nanogpt(bench, shape, path):
                      6 * n + 12 * shape["n_layer"] * shape["n_embd"] * T, n)
 
 
+def qwen3(shape, kind, **more):
+    """Hugging Face's Qwen3 of a shape; its last two tokens are padding and end."""
+    from transformers import Qwen3Config
+    return kind(Qwen3Config(
+        vocab_size=shape["vocab_size"], hidden_size=shape["n_embd"], intermediate_size=shape["n_inner"],
+        num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], tie_word_embeddings=True,
+        num_key_value_heads=shape["n_kv_head"], head_dim=shape["n_embd"] // shape["n_head"], eos_token_id=None,
+        max_position_embeddings=shape["block_size"], pad_token_id=shape["vocab_size"] - 2, **more))
+
+
+def hugging_face(shape):
+    """transformers' generate, with a cache, on the weights of the project's model: the logits are the same."""
+    from transformers import Qwen3ForCausalLM
+    theirs, own = qwen3(shape, Qwen3ForCausalLM).eval(), LanguageModel(model_config(shape))
+    theirs.load_state_dict(own.state_dict())
+    prompts = torch.from_numpy(random_tokens(shape, PROMPTS, PROMPT).astype(np.int64))
+    with torch.no_grad():
+        assert (theirs(prompts).logits - own(prompts)).abs().max() < 1e-4
+    options = dict(attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=NEW)
+    return Contender(HF, lambda: theirs.generate(prompts, **options), PROMPTS * NEW, THREADS)
+
+
+def trl_ppo(shape):
+    """An iteration of trl's PPOTrainer, of the sizes of `ppo`."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    policy, reference = qwen3(shape, Qwen3ForCausalLM), qwen3(shape, Qwen3ForCausalLM)
+    value_model, reward_model = (qwen3(shape, Qwen3ForSequenceClassification, num_labels=1) for _ in range(2))
+    vocabulary = {f"t{i}": i for i in range(shape["vocab_size"] - 2)}
+    vocabulary |= {"<pad>": len(vocabulary), "<end>": len(vocabulary) + 1}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")),
+                                        pad_token="<pad>", eos_token="<end>", padding_side="left")
+    words = random_tokens(shape, 2 * PROMPTS, PROMPT).clip(max=len(vocabulary) - 3)
+    asked = [dict(input_ids=ids) for ids in words.tolist()]
+    config = PPOConfig(output_dir=os.path.join(tempfile.gettempdir(), "bench"), per_device_train_batch_size=16,
+                       gradient_accumulation_steps=PROMPTS // 16, num_mini_batches=PROMPTS // 16, num_ppo_epochs=4,
+                       response_length=NEW, total_episodes=PROMPTS, num_sample_generations=0, learning_rate=1e-6,
+                       temperature=1.0, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+                       save_strategy="no", disable_tqdm=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = PPOTrainer(config, tokenizer, policy, reference, reward_model, asked, value_model, eval_dataset=asked)
+
+    def call():
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+
+    return Contender(TRL, call, PROMPTS * NEW, THREADS)
+
+
 def pretrain(shape, variant):
     """A step exactly as in pretrain.py."""
     run = make_run(PretrainConfig, "pretrain", variant, compile="compile" in variant, max_steps=10**6,
@@ -225,6 +278,8 @@ def ppo(shape, variant):
 
 
 def make(bench, shape, variant, against):
+    if variant in (HF, TRL):
+        return dict(zip((HF, TRL), (hugging_face, trl_ppo)))[variant](shape)
     if variant == "nanoGPT":
         return nanogpt(bench, shape, against)
     return dict(pretrain=pretrain, generate=generation, ppo=ppo)[bench](shape, variant)
@@ -275,6 +330,8 @@ def compete(args):
         variants += [best + ", AdamW only"] + [best + ", compile"] * args.compile
     if args.against and bench != "ppo":
         variants.insert(0, "nanoGPT")
+    if args.peers and bench != "pretrain":
+        variants.insert("nanoGPT" in variants, HF if bench == "generate" else TRL)
     ceilings = {v: ceiling("bf16" if v.startswith("bf16") else "fp32") for v in variants if bench == "pretrain"}
     for name in [args.shape] if args.shape else SHAPES:
         contenders = [make(bench, SHAPES[name], variant, args.against) for variant in variants]
@@ -285,7 +342,7 @@ def compete(args):
             if ceilings:
                 row.update(mfu=c.flops * c.tokens / s / ceilings[c.name],
                            mfu_fp32=c.flops * c.tokens / s / ceiling("fp32"))
-            if "nanoGPT" in variants:
+            if variants[0] in ("nanoGPT", HF, TRL):
                 row["ratio"] = seconds[0] / s
             emit(**row, peak_mb=alone(bench=bench, shape=SHAPES[name], variant=c.name, against=args.against).peak_mb)
 
@@ -431,6 +488,7 @@ def main():
     parser.add_argument("bench", nargs="?", default="all", choices=[*BENCHES, "all"])
     parser.add_argument("--shape", choices=list(SHAPES), help="one shape; default: both")
     parser.add_argument("--against", default="", metavar="PATH", help="a checkout of nanoGPT to compare with")
+    parser.add_argument("--peers", action="store_true", help="also transformers and trl, which must be installed")
     parser.add_argument("--seconds", type=float, default=20, help="measured time of a contender, about")
     parser.add_argument("--blocks", type=int, default=5, help="blocks that this time is divided into")
     parser.add_argument("--compile", action="store_true", help="pretrain: also under torch.compile")
