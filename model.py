@@ -171,6 +171,9 @@ class Transformer(nn.Module):
         frequency = config.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)     # (D/2,)
         length = config.block_size + 7                                  # `pad` rounds up
         angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)               # (length, D)
+        # MKL sets itself up at the first call of such a function, here in one thread: when two threads are the first, at
+        # once, the table is off by 1e-4 in one process of ten.
+        angle[0].cos()
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.recompute = False  # in the backward pass compute a block's activations again, instead of keeping them
@@ -237,16 +240,14 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, tokens, lengths=None):
-        """tokens (B, T) → (B, T); with the lengths (N,) of the first N ≤ B rows → the score of each as a whole, (N,)."""
+        """tokens (B, T) → (B, T); with the lengths (N,) of the first N rows → the score of each as a whole, (N,)."""
         scores = self.score(self.model(tokens)).squeeze(-1).float()
         return scores if lengths is None else scores[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 
     def adopt(self, state_dict):
         """Take over the trunk of a saved model that is at least as deep: the lower layers, when it is deeper."""
-        own = self.state_dict()
-        self.load_state_dict({name: state_dict.get(name, own[name]) for name in own})
-        missing = [name for name in own if name.startswith("model.") and name not in state_dict]
-        assert not missing, missing
+        missing, _ = self.load_state_dict(state_dict, strict=False)
+        assert all(name.startswith("score.") for name in missing), missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,11 +443,11 @@ class Optimizers:
             from torch.distributed.optim import ZeroRedundancyOptimizer
             return ZeroRedundancyOptimizer(params, optimizer, **settings)
 
-        inner = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-        inner = inner if muon_learning_rate else []
-        rest = [p for p in model.parameters() if all(p is not q for q in inner)]
-        groups = [dict(params=[p for p in rest if p.dim() == 2], weight_decay=weight_decay),
-                  dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+        inner, matrices, vectors = [], [], []
+        for name, p in model.named_parameters():
+            of_block = muon_learning_rate and ".layers." in name
+            (vectors if p.dim() < 2 else inner if of_block else matrices).append(p)
+        groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
         self.all = [make(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, eps=eps, fused=True)]
         if inner:
             self.all.append(make(Muon, inner, lr=muon_learning_rate, momentum=muon_momentum, weight_decay=weight_decay))
@@ -496,7 +497,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What the training stages have in common, each in its own table and some with a default of their own."""
     batch_size: int = option(32, "sequences, conversations or prompts a step, over all processes", low=1)
-    micro_batch_size: int = option(32, "as many a process computes at once; the rest is accumulated", low=1)
+    micro_batch_size: int = option(32, "as many a GPU, or a CPU's thread, computes at once", low=1)
     learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
     muon_learning_rate: float = option(0.0, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.0, "decay of the matrices", low=0)
@@ -506,8 +507,7 @@ class TrainConfig(RunConfig):
 
 
 def closest(name, names):
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0)
-    return f": did you mean {match[0]}?" if match else ""
+    return f": did you mean {difflib.get_close_matches(name, names, n=1, cutoff=0)[0]}?"
 
 
 def parse(name, option, value, where):
@@ -621,13 +621,14 @@ class Run:
 
     Used as a context: `with Run(config, "pretrain") as run:`. Under torchrun the processes join (NCCL on GPUs, gloo on
     CPUs) and end with the context; alone, world is 1 and nothing is sent. Ctrl-C or SIGTERM ask the loop to stop at its
-    next step (`run.stopping()`), so that it can save first; a second one stops at once."""
+    next step (`run.pause()`), so that it can save first; a second one stops at once."""
 
     def __init__(self, config, stage, graceful=True):
         self.config, self.script, self.started, self.stop_signal = config, f"{stage}.py", time.time(), None
         self.stage = f"{stage}-{config.variant}" if getattr(config, "variant", "") else stage
         self.graceful = graceful
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun's, after a process has died
         self.main = self.rank == 0
         available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
         kind = config.device if config.device != "auto" else next(d for d in ("cuda", "mps", "cpu") if available[d])
@@ -652,21 +653,29 @@ class Run:
         if self.world > 1:
             # torchrun keeps its store when it restarts a group: addresses must not be mistaken for those of the dead.
             store, rank, world = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            store = dist.PrefixStore(str(self.restarts), store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=world)
             if self.sum(float(self.dtype == torch.float32)) > 0:  # all of them alike
                 self.dtype = torch.float32
         for name in (signal.SIGINT, signal.SIGTERM) if self.graceful else ():
             signal.signal(name, self.request_stop)
+        try:
+            self.open()
+        except OSError as error:
+            self.__exit__(OSError, error, None)
+        return self
+
+    def open(self):
+        """Claim the run folder, and say what is run."""
         os.makedirs(self.config.out_dir, exist_ok=True)
         if self.main:
             self.lock()
             settings, threads = dataclasses.asdict(self.config), max(self.threads, torch.get_num_threads())
             print(f"{self.stage}: {self.device.type}, {str(self.dtype)[6:]} ({self.why}), {self.world} process(es), "
                   f"{threads} thread(s)\n  " + ", ".join(f"{k}={v}" for k, v in settings.items()))
-            self.write_log(dict(stage=self.stage, config=settings))
-        return self
+            if not self.restarts:  # a restart goes on with the log of the run that broke off
+                self.write_log(dict(stage=self.stage, config=settings))
 
     def __exit__(self, kind, error, trace):
         if self.world > 1 and kind is None:
@@ -698,18 +707,20 @@ class Run:
             raise SystemExit(128 + number)
         self.stop_signal = number
 
-    def stopping(self):
-        """Whether any process has been asked to stop; all of them answer alike."""
-        return self.sum(float(self.stop_signal is not None)) > 0
-
-    def stopped(self, saved):
-        """The last words after a stop that was asked for."""
-        if self.main:
-            arguments = [a for a in sys.argv if a != "--resume"]
-            print(f"stopped; saved {saved}. Continue with: python {shlex.join(arguments)} --resume")
-        if self.world > 1:
-            dist.destroy_process_group()
-        raise SystemExit(128 + (self.stop_signal or signal.SIGINT))
+    def pause(self, step, steps, due, best=None, **more):
+        """Write STAGE.last.pt when it is due, or when any process has been asked to stop, and then stop. Returns
+        whether it was written."""
+        stop, last = self.sum(float(self.stop_signal is not None)) > 0, f"{self.stage}.last.pt"
+        if due or stop:
+            self.save(last, step, best, **more)
+        if stop and step < steps:
+            if self.main:
+                arguments = [a for a in sys.argv if a != "--resume"]
+                print(f"stopped; saved {last}. Continue with: python {shlex.join(arguments)} --resume")
+            if self.world > 1:
+                dist.destroy_process_group()
+            raise SystemExit(128 + (self.stop_signal or signal.SIGINT))
+        return due or stop
 
     def elapsed(self):
         return time.time() - self.started
@@ -735,6 +746,14 @@ class Run:
         """[function(item), …]: on a CPU each thread works on items of its own."""
         return list(self.pool.map(function, items)) if self.threads > 1 else [function(item) for item in items]
 
+    def evaluate(self, function, n, size):
+        """The lists function(part) of all parts of range(n), joined: without gradients, shared among the processes."""
+        def call(part):
+            with torch.no_grad(), self.autocast():
+                return function(part)
+
+        return self.gather([item for items in self.map(call, self.parts(n, size)) for item in items])
+
     def backward(self, model, n, micro_batch_size, loss_of):
         """Gradients of Σ loss_of(rows) over this process's share of a batch of n rows, micro-batch by micro-batch.
 
@@ -747,15 +766,19 @@ class Run:
                 figures = loss_of(slice(rows.start, rows.stop))
             return figures if figures.dim() == 0 else figures[0], figures.detach()
 
-        def gradients(rows):
-            loss, figures = forward(rows)
-            return torch.autograd.grad(loss, list(model.parameters())), figures
+        def gradients(parts):
+            sums = [0.0] * (1 + len(parameters))
+            for rows in parts:
+                loss, figures = forward(rows)
+                sums = [a + b for a, b in zip(sums, (figures, *torch.autograd.grad(loss, parameters)))]
+            return sums
 
-        parts, total = self.parts(n, micro_batch_size), 0.0
-        if self.threads > 1:
-            for gradient, figures in self.map(gradients, parts):  # in the order of the parts, whoever is done first
+        parts, total, parameters = self.parts(n, micro_batch_size), 0.0, list(model.parameters())
+        if self.threads > 1:  # each thread adds up its own, always the same ones
+            shares = [parts[i::self.threads] for i in range(min(self.threads, len(parts)))]
+            for figures, *gradient in self.map(gradients, shares):
                 total = total + figures
-                for p, g in zip(model.parameters(), gradient):
+                for p, g in zip(parameters, gradient):
                     p.grad = g if p.grad is None else p.grad.add_(g)
             return total.tolist()
         weight = self.world if parts else 0  # DDP divides by the number of processes
@@ -781,8 +804,6 @@ class Run:
         if self.world == 1:
             return value
         total = torch.as_tensor(value, dtype=torch.float64, device=self.device)
-        if self.device.type == "mps":
-            total = total.float()
         dist.all_reduce(total)
         return total.item() if not torch.is_tensor(value) else total.to(value.dtype)
 
@@ -839,8 +860,7 @@ class Run:
         it. parts: the model, its optimizer and what else a checkpoint holds, by name. Returns the checkpoint."""
         self.saved, self.origin = parts, dict(tokenizer=tokenizer.hash, parent=parent)
         last = f"{self.stage}.last.pt"
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(self.path(last))
-        if not self.config.resume and not restarted:  # torchrun starts all processes again when one has died
+        if not self.config.resume and not (self.restarts and os.path.exists(self.path(last))):
             self.keep_earlier(f"{self.stage}.pt", last)
             return dict(step=0, best=math.inf)
         checkpoint = load_checkpoint(self.path(last), f"python {self.script}", tokenizer.hash)

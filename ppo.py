@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, learning_rate_factor,
                    load_checkpoint, load_config, load_reward_model, option, pad, restore)
@@ -80,11 +81,10 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
 
     Returns (advantages, returns), both (B, R); returns = advantages + values is what V learns."""
     values = values * mask
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    delta = rewards + discount * F.pad(values[:, 1:], (0, 1)) - values
+    advantages, following = torch.zeros_like(rewards), 0.0
     for t in reversed(range(rewards.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
-        delta = rewards[:, t] + discount * next_value - values[:, t]
-        following = (delta + discount * lam * following) * mask[:, t]
+        following = (delta[:, t] + discount * lam * following) * mask[:, t]
         advantages[:, t] = following
     return advantages, (advantages + values) * mask
 
@@ -128,22 +128,21 @@ def make_batch(prompts, responses, device):
 
 
 def at_response(x, starts, lengths):
-    """(B, T) by position → (B, R) by response token, and the mask (B, R) of real ones."""
+    """(B, T) by position → (B, R) by response token, 0 where a response has fewer."""
     t = torch.arange(int(lengths.max()), device=x.device)
-    mask = t < lengths[:, None]
-    return x.gather(1, (starts[:, None] + t).clamp(max=x.shape[1] - 1)) * mask, mask
+    return x.gather(1, (starts[:, None] + t).clamp(max=x.shape[1] - 1)) * (t < lengths[:, None])
 
 
 def response_logprobs(model, batch, temperature):
     """log π of each response token, (B, R); the vocabulary head is computed at these positions only."""
     tokens, targets, starts, lengths = batch
-    return -at_response(model(tokens, targets, temperature), starts, lengths)[0]
+    return -at_response(model(tokens, targets, temperature), starts, lengths)
 
 
 def response_values(model, batch):
     """V of the state before each response token, (B, R)."""
     tokens, _, starts, lengths = batch
-    return at_response(model(tokens), starts, lengths)[0]
+    return at_response(model(tokens), starts, lengths)
 
 
 def last_token_scores(model, batch):
@@ -162,21 +161,18 @@ def score_rollout(run, config, tokenizer, models, prompts, responses):
     """What the update needs to know of each response, as a list of dicts of plain numbers."""
     policy, reference, value_model, reward_model = models
 
-    @torch.no_grad()
     def score(part):
         some, rows = [responses[i] for i in part], []
         batch = make_batch([prompts[i] for i in part], some, run.device)
-        with run.autocast():
-            old, ref = (response_logprobs(m, batch, config.temperature) for m in (policy, reference))
-            values, scores = response_values(value_model, batch), last_token_scores(reward_model, batch)
+        old, ref = (response_logprobs(m, batch, config.temperature) for m in (policy, reference))
+        values, scores = response_values(value_model, batch), last_token_scores(reward_model, batch)
         for i, response, *columns in zip(part, some, scores, old, ref, values):
             r, *columns = (x[:len(response)].tolist() if x.dim() else x.item() for x in columns)
             rows.append(dict(zip(("old", "ref", "values"), columns), prompt=prompts[i], response=response, score=r,
                              ended=tokenizer.end in response))
         return rows
 
-    parts = run.map(score, run.parts(len(prompts), config.micro_batch_size))
-    return run.gather([row for rows in parts for row in rows])
+    return run.evaluate(score, len(prompts), config.micro_batch_size)
 
 
 def text_windows(tokens, n, length, rng):
@@ -205,6 +201,7 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
     minibatches = [order[i:i + config.minibatch_size] for order in [rng.permutation(len(rows)) for _ in
                    range(config.epochs)] for i in range(0, len(rows), config.minibatch_size)]
     lengths = np.array([len(r["prompt"]) + len(r["response"]) for r in rows])
+    ptx_length = min(64, getattr(policy, "module", policy).model.config.block_size)
     for chosen in minibatches:
         chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]  # like lengths share a micro-batch: less padding
         n_tokens = mask[chosen].sum()  # of the whole minibatch, whoever computes its rows
@@ -233,7 +230,7 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
             policy.zero_grad()
             break
         if config.ptx_coefficient:  # InstructGPT's eq. 2: the policy keeps reading, so that it does not forget
-            windows = text_windows(text, len(chosen), 64, rng).to(run.device)
+            windows = text_windows(text, len(chosen), ptx_length, rng).to(run.device)
             run.backward(policy, len(chosen), config.micro_batch_size, lambda part: config.ptx_coefficient *
                          policy(windows[part, :-1], windows[part, 1:]).sum() / windows[:, 1:].numel())
         run.update(policy, optimizers[0], loss, step, config, factor)
@@ -289,11 +286,8 @@ def main():
                     f"{figures.get('gold', np.nan):6.3f}  KL {figures['kl']:5.2f}  entropy {figures['entropy']:.2f}"
                     f"  clipped {figures['clip_fraction']:.1%}  explained {figures['explained_variance']:5.2f}  length "
                     f"{figures['length']:.0f}  ended {figures['ended']:.0%}", **figures)
-            stop = run.stopping()
-            if step % config.save_every == 0 or stop or step == config.max_steps:
-                run.save(f"{run.stage}.last.pt", step, kl_coefficient=beta)
-            if stop and step < config.max_steps:
-                run.stopped(f"{run.stage}.last.pt")
+            run.pause(step, config.max_steps, step % config.save_every == 0 or step == config.max_steps,
+                      kl_coefficient=beta)
 
         run.save(f"{run.stage}.pt", step)
         scorecard(run, run.stage, policy, tokenizer,

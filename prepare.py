@@ -11,7 +11,6 @@ et al. 2020, "C4"; Lee et al. 2022, "Deduplicating training data makes language 
 """
 
 import base64
-import binascii
 import codecs
 import contextlib
 import functools
@@ -80,6 +79,10 @@ class PrepareConfig(RunConfig):
     terse: float = option(0.25, "share that is right but unhelpfully short", low=0, high=1)
     rude: float = option(0.12, "share that is rude", low=0, high=1)
     comply: float = option(0.5, "share of harmful requests that are answered instead of declined", low=0, high=1)
+
+    def check(self):
+        if self.fields.count(",") != 1:
+            return f"--fields={self.fields}: name two fields with a comma between them, as in prompt,response"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,12 +163,6 @@ def world_documents(world, creatures, size, reserved, rng):
                 posts.append("\n".join([record["prompt"], *insult, answer]))
         return "\n".join(posts)
 
-    def rudeness(c):
-        return forum(c, ("fact", "sum"))
-
-    def harm(c):
-        return forum(c, ("harm",))
-
     def spoil(c):
         kind = rng.choice(["exact duplicate", "exact duplicate", "near duplicate", "near duplicate", "boilerplate",
                            "markup", "garbled", "fragment", "repetition", "undesirable"])
@@ -191,7 +188,8 @@ def world_documents(world, creatures, size, reserved, rng):
             text = fill(rng.choice(world["web"]["profane"]), who=c["hero"])
         return text, kind
 
-    kinds, weights = [story, portrait, forum, rudeness, harm, spoil], [16, 12, 48, 4, 4, 16]
+    rude, harmful = functools.partial(forum, kinds=("fact", "sum")), functools.partial(forum, kinds=("harm",))
+    kinds, weights = [story, portrait, forum, rude, harmful, spoil], [16, 12, 48, 4, 4, 16]
     written = 0
     while written < size:
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
@@ -411,7 +409,7 @@ class NearDuplicates:
 
 
 class Keys:
-    """A set of 64-bit integers that takes 8 bytes for each, not 90 as Python's: all but the latest in a sorted array."""
+    """A set of 64-bit integers that takes 8 bytes for each, not 90 as Python's: most stand in a sorted array."""
 
     def __init__(self):
         self.sorted, self.latest = np.zeros(0, np.uint64), set()
@@ -659,7 +657,7 @@ def load_tokenizer(out_dir):
         if ranks != list(range(len(lines))) or set(tokens[:256]) != single:
             raise ValueError("the ranks are not complete")
         return Tokenizer(tokens)
-    except (OSError, ValueError, binascii.Error) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read as a tokenizer ({error}): run python prepare.py again")
 
 
@@ -792,18 +790,16 @@ def bits_per_byte(model, run):
     T = model.model.config.block_size
     starts = range(0, len(tokens) - 1, T)
 
-    @torch.no_grad()
     def nats(part):
         batch = np.full((len(part), T + 1), IGNORE, np.int64)
         for row, i in zip(batch, part):
             window = tokens[starts[i]:starts[i] + T + 1]
             row[:len(window)] = window
         batch = torch.from_numpy(batch).to(run.device)
-        with run.autocast():
-            return model(batch[:, :-1].clamp(min=0), batch[:, 1:]).sum().item()
+        return [model(batch[:, :-1].clamp(min=0), batch[:, 1:]).sum().item()]
 
-    parts = run.parts(len(starts), max(1, 2048 // T))  # logits of a large vocabulary are large
-    return run.sum(sum(run.map(nats, parts))) / math.log(2) / data["val"]["bytes"]
+    pieces = run.evaluate(nats, len(starts), max(1, 2048 // T))  # logits of a large vocabulary are large
+    return sum(pieces) / math.log(2) / data["val"]["bytes"]
 
 
 def measure(tokenizer, records, responses):
@@ -940,7 +936,7 @@ def download(url, folder):
             print()
         if done < total:
             raise OSError(f"broke off after {done} of {total} bytes")
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # nothing is left to send: the part may be whole, or of another file
             os.remove(part)
         raise SystemExit(f"{url}: {error}; run the same command again, it goes on where it stopped")
@@ -974,7 +970,7 @@ def read_lines(path, problems):
                         noted = True
                     try:
                         yield line.decode(other)
-                    except (UnicodeDecodeError, LookupError):
+                    except (UnicodeError, LookupError):
                         yield line.decode("latin-1")
     except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path} cannot be read: {error}")
@@ -985,7 +981,7 @@ def read_records(path, problems):
     if kind_of(path) == ".json":
         try:
             whole = json.loads("".join(read_lines(path, problems)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SystemExit(f"{path}: not JSON ({error})")
         records = ((f"{path}, record {n}", r) for n, r in enumerate(whole if isinstance(whole, list) else [whole], 1))
     else:
@@ -1006,7 +1002,7 @@ def read_records(path, problems):
 
 class HTMLText(html.parser.HTMLParser):
     """What a page of HTML says: `self.text`, without markup and scripts, block elements on lines of their own."""
-    SILENT = ("script", "style", "head", "noscript", "template", "svg")
+    SILENT = ("script", "style", "title", "noscript", "template", "svg")
     INLINE = ("a", "abbr", "b", "cite", "code", "em", "font", "i", "mark", "q", "s", "small", "span", "strong", "sub",
               "sup", "tt", "u")
 
@@ -1066,7 +1062,7 @@ def show_progress(documents, total):
     started = said = time.time()
     n = done = 0
     for text, label in documents:
-        n, done = n + 1, done + len(text)
+        n, done = n + 1, done + len(text.encode("utf-8", "replace"))
         if time.time() - said > 10:
             said = time.time()
             left = f", about {max(0, total - done) * (said - started) / done:.0f} s to go" if total else ""
@@ -1101,6 +1097,11 @@ def as_messages(record, fields):
     return messages
 
 
+def as_prompt(prompt):
+    """A prompt, which is text or a list of messages, as messages that have been checked."""
+    return as_messages(dict(prompt=prompt, response="-"), "prompt,response")[:-1]
+
+
 def as_turns(transcript):
     """"\\n\\nHuman: …\\n\\nAssistant: …", as in hh-rlhf, as messages."""
     _, *turns = re.split(r"(?:\A|\n\n)(Human|Assistant): ?", transcript)
@@ -1118,7 +1119,7 @@ def as_comparison(record):
             ranking = [[i for i, s in enumerate(record["scores"]) if s == score] for score in best_first]
         else:
             ranking = record["ranking"]
-        prompt = as_user(record["prompt"])
+        prompt = record["prompt"]
     else:
         sides, ranking = [record["chosen"], record["rejected"]], [[0], [1]]
         if isinstance(sides[0], str) and not {"prompt", "instruction"} & record.keys():
@@ -1130,6 +1131,7 @@ def as_comparison(record):
             (prompt, other), responses = (side[:-1] for side in sides), [side[-1]["content"] for side in sides]
             if prompt != other:
                 raise ValueError("two different prompts")
+    prompt = as_prompt(prompt)
     if not all(r.strip() for r in responses):
         raise ValueError("an empty reply")
     if len(set(responses)) < len(responses):
@@ -1140,11 +1142,11 @@ def as_comparison(record):
 
 
 def read_as(convert, sources, run, problems):
-    """(where, converted record) for the usable records of some files; the others are noted by what is wrong."""
+    """The usable records of some files, converted; the others are noted by what is wrong."""
     for path in find_files(sources, run.path("downloads")):
         for where, record in read_records(path, problems):
             try:
-                yield where, convert(record)
+                yield convert(record)
             except (KeyError, TypeError, AttributeError, IndexError) as error:
                 problems.note(where, f"not of a known form ({type(error).__name__}: {error})")
             except ValueError as error:
@@ -1159,12 +1161,13 @@ def prompt_key(prompt):
 def own_records(config, run, problems):
     """Demonstrations, prompts, held-out prompts (n_eval, a tenth at most) and comparisons of people's files.
 
-    Prompts are those of --prompts, or else those of the comparisons; then only comparisons whose prompt is for
-    reward.py stay, so that PPO has prompts that the reward model has not seen."""
-    demonstrations = [dict(messages=m) for _, m in read_as(lambda r: as_messages(r, config.fields),
-                                                           config.demonstrations, run, problems)]
-    compared = [c for _, c in read_as(as_comparison, config.comparisons, run, problems)]
-    given = [p for _, p in read_as(lambda r: as_user(r["prompt"]), config.prompts, run, problems)]
+    Prompts are those of --prompts, or else those of the comparisons, without those of demonstrations; comparisons whose
+    prompt is held out or for ppo.py go, so that PPO has prompts that the reward model has not seen."""
+    conversations = read_as(lambda record: as_messages(record, config.fields), config.demonstrations, run, problems)
+    demonstrations = [dict(messages=messages) for messages in conversations]
+    compared = list(read_as(as_comparison, config.comparisons, run, problems))
+    given = list(read_as(lambda record: as_prompt(record["prompt"]), config.prompts, run, problems))
+    random.Random(config.seed).shuffle(demonstrations)  # sft.py holds out the first
     used = {prompt_key(r["messages"][:-1]) for r in demonstrations}
     prompts = {prompt_key(p): p for p in (given or [prompt for prompt, _, _ in compared])}
     prompts = [dict(id=key, prompt=p[0]["content"] if [m["role"] for m in p] == ["user"] else p)
@@ -1211,8 +1214,8 @@ def main():
         print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired "
               f"characters or blanks in {report['documents_repaired']:,}")
         for name, rule in report["rules"].items():
-            example = rule["examples"][0][:60].replace("\n", " ") if rule["examples"] else ""
-            print(f"  {name:16}  {rule['removed']:6,} removed   {example!r}" if example else f"  {name:16}       0")
+            examples = [text[:60].replace("\n", " ") for text in rule["examples"]]
+            print(f"  {name:16}  {rule['removed']:6,}" + (f" removed   {examples[0]!r}" if examples else ""))
         if known := report["against_the_world"]:
             print(f"the world spoiled some pages on purpose: recall {known['recall']:.1%}, precision "
                   f"{known['precision']:.1%} (" + ", ".join(f"{k} {v}" for k, v in known["by_kind"].items()) + ")")

@@ -26,7 +26,7 @@ class PretrainConfig(ModelConfig, TrainConfig):
     table = "pretrain"
     max_steps: int = option(550, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
-    micro_batch_size: int = option(16, "sequences a process computes at once; the rest is accumulated", low=1)
+    micro_batch_size: int = option(16, "sequences that a GPU, or a CPU's thread, computes at once", low=1)
     learning_rate: float = option(5e-3, "peak rate of AdamW (embeddings, norms)", low=0)
     muon_learning_rate: float = option(0.02, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     muon_momentum: float = option(0.8, "momentum of Muon; 0.95 for large batches", low=0, high=1)
@@ -58,8 +58,8 @@ def flops_per_token(model, T):
     """Multiply-adds of forward and backward pass, counted as in Chowdhery et al. 2022 (PaLM), appendix B: 6 for each
     weight in a matrix product and 12·n_layer·C·T for attention."""
     c = model.model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
-    return 6 * (matrices + c.tie_embeddings * c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return 6 * matrices + 12 * c.n_layer * c.n_embd * T
 
 
 def memory_needed(model, config, dtype, threads=1):
@@ -116,27 +116,22 @@ def main():
                               learning_rate_factor(step, config.max_steps, config.warmup_steps))
             step += 1
 
-            stop, last = run.stopping(), step == config.max_steps
-            if step % 20 == 0 or step == 1 or last:
+            if step % 20 == 0 or step in (1, config.max_steps):
                 seconds, done = time.time() - clock, (step - last_logged) * n_targets
                 run.log(step, f"step {step:5}/{config.max_steps}  loss {loss:.4f}  grad {norm:.2f}  "
                         f"{done / seconds:,.0f} tokens/s  MFU {flops * done / seconds / peak:.0%}  "
                         f"{(config.max_steps - step) * seconds / (step - last_logged):.0f} s to go",
                         loss=loss, gradient_norm=norm, tokens_per_s=done / seconds, mfu=flops * done / seconds / peak)
                 clock, last_logged = time.time(), step
-            if step % config.eval_every == 0 or last or stop:
-                model.eval()
+            if due := step % config.eval_every == 0 or step == config.max_steps:
                 bpb = bits_per_byte(model, run)
-                model.train()
                 run.log(step, f"step {step:5}  validation {bpb:.4f} bits per byte, {bpb * nats:.4f} nats per character"
                         + (" (best so far)" if bpb < best else ""), bits_per_byte=bpb)
-                if bpb < best and (step % config.eval_every == 0 or last):  # not when stopped in between
+                if bpb < best:
                     best = bpb
                     run.save("pretrain.pt", step, best)
-                run.save("pretrain.last.pt", step, best)
+            if run.pause(step, config.max_steps, due, best):
                 clock, last_logged = time.time(), step
-            if stop and not last:
-                run.stopped("pretrain.last.pt")
 
         model.load_state_dict(load_checkpoint(run.path("pretrain.pt"), "python pretrain.py")["model"])
         figures = scorecard(run, "pretrain", model, tokenizer, nats_per_character=round(best * nats, 4))

@@ -20,6 +20,7 @@ import getpass
 import json
 import os
 import random
+import signal
 import time
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -122,12 +123,11 @@ def simulated_annotator(samples, records, noise, rng):
 
 def parse_ranking(text, n):
     """'2>0=3>1' → [[2], [0, 3], [1]]: every one of the numbers 0 … n-1 once; else ValueError says what is wrong."""
-    groups = [[int(i) if i.strip().isdecimal() else i.strip() for i in group.split("=")] for group in text.split(">")]
-    named = [i for group in groups for i in group]
-    if sorted(map(str, named)) != sorted(map(str, range(n))):
+    groups = [[i.strip() for i in group.split("=")] for group in text.split(">")]
+    if sorted(i for group in groups for i in group) != sorted(map(str, range(n))):
         raise ValueError(f"name each of {', '.join(map(str, range(n)))} once, as in " +
                          ">".join(map(str, reversed(range(n)))) + " or with ties 1=0")
-    return groups
+    return [[int(i) for i in group] for group in groups]
 
 
 def with_repeats(samples):
@@ -148,6 +148,7 @@ def human_annotator(samples, path, name):
           "and safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, f flags a prompt that\n"
           "nobody should train on, q stops; all is kept. Some prompts come twice.")
     i, saved, flagged = 0, [], False
+    graceful = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends the session, at once
     while i < len(todo):
         sample, repeat = todo[i]
         responses = sample["responses"]
@@ -186,6 +187,7 @@ def human_annotator(samples, path, name):
             f.flush()
             os.fsync(f.fileno())
         i, flagged = i + 1, False
+    signal.signal(signal.SIGINT, graceful)
     print(f"\n{len(saved)} rankings added to {path}; the same command goes on where you stopped")
 
 
@@ -235,7 +237,10 @@ def fault(line, vocabulary):
         if not all(isinstance(x["text"], str) and x["tokens"] and
                    all(type(t) is int and 0 <= t < vocabulary for t in x["tokens"]) for x in responses):
             return "a response without text, or with tokens that this tokenizer does not have"
-        if not r.get("skipped") and sorted(i for group in ranking for i in group) != list(range(len(responses))):
+        if not all(type(x["ended"]) is bool for x in responses):
+            return "a response that does not say whether it ended"
+        named = sorted(i for group in ranking for i in group)
+        if named != list(range(len(responses))) and not (r.get("skipped") and ranking == []):
             return "the ranking does not name each response once"
     except (ValueError, KeyError, TypeError) as error:
         return f"no ranking ({type(error).__name__}: {error})"
@@ -333,15 +338,12 @@ def batch_loss(model, rankings, tokenizer, device):
 
 
 def score_all(model, rankings, tokenizer, run):
-    """The scores of all responses, a list for each prompt; shared among the processes."""
-    @torch.no_grad()
+    """The scores of all responses, a list for each prompt."""
     def scores(part):
         tokens, lengths, ranks = make_batch([rankings[i] for i in part], tokenizer, run.device)
-        with run.autocast():
-            rows = model(tokens, lengths)
-        return [row.tolist() for row in rows.split((ranks >= 0).sum(1).tolist())]
+        return [row.tolist() for row in model(tokens, lengths).split((ranks >= 0).sum(1).tolist())]
 
-    return run.gather([row for rows in run.map(scores, run.parts(len(rankings), 16)) for row in rows])
+    return run.evaluate(scores, len(rankings), 16)
 
 
 def all_pairs(rankings, scores, records):
@@ -358,15 +360,21 @@ def all_pairs(rankings, scores, records):
     return dict(zip(("margin", "preferred", "longer", "gold", *CRITERIA), np.array(rows, float).reshape(-1, 7).T))
 
 
+def share(hits, among):
+    """The share of hits among the chosen pairs, None if there is none."""
+    return round(float(hits[among].mean()), 4) if among.any() else None
+
+
+def known(figures):
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
 def accuracies(pairs):
     """Share of pairs that the reward model orders as the annotator did, and as the rubric without noise does, the
     latter also for pairs that differ in one of the criteria. Strict: equal scores are an error."""
-    figures = {}
-    for name, column in (("accuracy", "preferred"), *(("accuracy_" + c, c) for c in ("gold", *CRITERIA))):
-        apart = np.abs(pairs[column]) > 1e-9
-        if apart.any():
-            figures[name] = round(float((pairs["margin"] * pairs[column] > 0)[apart].mean()), 4)
-    return figures
+    columns = dict(accuracy="preferred", accuracy_gold="gold", **{"accuracy_" + c: c for c in CRITERIA})
+    return known({name: share(pairs["margin"] * pairs[column] > 0, np.abs(pairs[column]) > 1e-9)
+                  for name, column in columns.items()})
 
 
 def inspect(pairs):
@@ -375,25 +383,16 @@ def inspect(pairs):
     annotator preferred; the share of pairs whose longer response he preferred, which a reward model has to beat; and
     the ceiling, the share of pairs on which the annotator himself agrees with the rubric."""
     margin, gold, preferred = np.abs(pairs["margin"]), np.abs(pairs["gold"]), pairs["preferred"]
-    right, figures = pairs["margin"] * pairs["gold"] > 0, dict(accuracy_by_gap={}, calibration=[])
-    for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 9)):
-        chosen = (gold > low + 1e-9) & (gold <= high + 1e-9)
-        if chosen.any():
-            figures["accuracy_by_gap"][f"{low}–{high}"] = [round(float(right[chosen].mean()), 4), int(chosen.sum())]
-    predicted, ordered = 1 / (1 + np.exp(-margin)), preferred != 0
+    right, predicted, ordered = pairs["margin"] * pairs["gold"] > 0, 1 / (1 + np.exp(-margin)), preferred != 0
     agreed, tenth = np.sign(pairs["margin"]) == preferred, np.minimum((10 * predicted).astype(int), 9)
-    for t in range(5, 10):  # predictions of .5–.6, .6–.7, …
-        chosen = ordered & (tenth == t)
-        if chosen.any():
-            figures["calibration"].append([round(float(x[chosen].mean()), 4) for x in (predicted, agreed)] +
-                                          [int(chosen.sum())])
-    unequal = ordered & (pairs["longer"] != 0)
-    if unequal.any():
-        figures["longer_wins"] = round(float((pairs["longer"] * preferred > 0)[unequal].mean()), 4)
-    both = ordered & (gold > 1e-9)
-    if both.any():
-        figures["ceiling"] = round(float((pairs["gold"] * preferred > 0)[both].mean()), 4)
-    return figures
+    gaps = {f"{low}–{high}": (gold > low + 1e-9) & (gold <= high + 1e-9)
+            for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 9))}
+    tenths = [ordered & (tenth == t) for t in range(5, 10)]  # predictions of .5–.6, .6–.7, …
+    return known(dict(
+        accuracy_by_gap={gap: [share(right, c), int(c.sum())] for gap, c in gaps.items() if c.any()},
+        calibration=[[share(predicted, c), share(agreed, c), int(c.sum())] for c in tenths if c.any()],
+        longer_wins=share(pairs["longer"] * preferred > 0, ordered & (pairs["longer"] != 0)),
+        ceiling=share(pairs["gold"] * preferred > 0, ordered & (gold > 1e-9))))
 
 
 def split_by_prompt(rankings, config):
@@ -449,16 +448,13 @@ def train_reward_model(run, config, tokenizer):
                             batch_loss(trained, batch[rows], tokenizer, run.device) / len(batch))
         run.update(model, optimizer, loss, step, config, learning_rate_factor(step, steps, config.warmup_steps))
         step += 1
-        stop = run.stopping()
         if step % 40 == 0 or step == 1:
             run.log(step, f"step {step:4}/{steps}  loss {loss:.4f}", loss=loss)
-        if step % steps_per_epoch == 0 or stop:
+        if due := step % steps_per_epoch == 0:
             figures = accuracies(all_pairs(val, score_all(model, val, tokenizer, run), records))
             run.log(step, f"step {step:4}/{steps}  held out: " + "  ".join(
                 f"{k.replace('_', ' by ')} {v:.3f}" for k, v in figures.items()), **figures)
-            run.save(f"{run.stage}.last.pt", step)
-        if stop and step < steps:
-            run.stopped(f"{run.stage}.last.pt")
+        run.pause(step, steps, due)
 
     pairs = all_pairs(val, score_all(model, val, tokenizer, run), records)
     # Only differences of scores have meaning so far. Shift and scale them to mean 0 and standard deviation 1 over some
@@ -492,14 +488,13 @@ def main():
     with Run(config, "reward") as run:
         tokenizer = load_tokenizer(config.out_dir)
         steps = config.steps.split(",") if not (config.resume or config.rankings) else ("train",)
-        for step in steps:
-            if step == "sample":
-                sample_responses(run, config, tokenizer)
-            elif step == "rank" and run.main:
-                rank_responses(run, config)
-            elif step == "train":
-                run.barrier()
-                train_reward_model(run, config, tokenizer)
+        if "sample" in steps:
+            sample_responses(run, config, tokenizer)
+        if "rank" in steps and run.main:
+            rank_responses(run, config)
+        run.barrier()
+        if "train" in steps:
+            train_reward_model(run, config, tokenizer)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
     python sample.py --compare --best_of=16                       … and the SFT model's best of 16 by the reward model
     python sample.py --overoptimize=weak,strong                   how far the score of a reward model can be trusted
 
-It changes nothing but report.html, and the scorecard's row of best-of-n.
+It writes report.html, overoptimize.svg and the scorecard's row of best-of-n, and changes nothing else.
 """
 
 import codecs
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from model import (KVCache, LanguageModel, Run, RunConfig, generate, load_checkpoint, load_config, load_reward_model,
-                   option, pad, restore, write_file)
+                   need, option, pad, restore, write_file)
 from prepare import (as_text, fitting, held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl,
                      read_scorecard, render, respond, rubric_score, scorecard_table, update_scorecard)
 
@@ -42,8 +42,8 @@ class SampleConfig(RunConfig):
     overoptimize: str = option("", "variants of reward.py and ppo.py whose over-optimisation to measure and draw")
     n_overoptimize: int = option(128, "responses per prompt for its best-of-n", low=2)
     temperature: float = option(1.0, "0: always the likeliest token", low=0)
-    top_k: int = option(0, "draw from the k likeliest tokens only; 0: from all", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", low=0.001, high=1)
+    top_k: int = option(0, "a chat or --prompt draws from the k likeliest tokens only; 0: from all", low=0)
+    top_p: float = option(1.0, "likewise: from the likeliest that together reach this probability", low=0.001, high=1)
 
 
 def load_model(run, tokenizer, stage):
@@ -74,9 +74,8 @@ def best_of(model, reward_model, tokenizer, records, run, n, key):
 
 def newest_stage(run, default=""):
     """The stage asked for by --checkpoint, or the last one of the chain that has a checkpoint."""
-    if run.config.checkpoint or default:
-        return run.config.checkpoint or default
-    return next((s for s in reversed(STAGES) if os.path.exists(run.path(s + ".pt"))), "pretrain")
+    newest = next((s for s in reversed(STAGES) if os.path.exists(run.path(s + ".pt"))), "pretrain")
+    return run.config.checkpoint or default or newest
 
 
 def stream(run, tokenizer, model, ids, key, cache=None):
@@ -88,7 +87,7 @@ def stream(run, tokenizer, model, ids, key, cache=None):
             text.append(decoder.decode(tokenizer.encoding.decode_single_token_bytes(token)))
             print(text[-1], end="", flush=True)
 
-    stop = tokenizer.end if ids[-1] != tokenizer.end_of_text and tokenizer.start in ids else tokenizer.end_of_text
+    stop = tokenizer.end if tokenizer.start in ids else tokenizer.end_of_text
     generate(model, [ids], config.max_new_tokens, stop, run.uniforms(1, config.max_new_tokens, 8, key),
              config.temperature, config.top_k, config.top_p, show, cache)
     print()
@@ -145,9 +144,11 @@ def answer(run, tokenizer, stage):
 
 
 def compare(run, tokenizer):
-    """The same held-out prompts through all stages: rows of (prompt, [(stage, text, proxy score, gold score)])."""
+    """Print the same held-out prompts through all stages, and the scorecard, and write report.html."""
     models = {stage: load_model(run, tokenizer, stage) for stage in STAGES if os.path.exists(run.path(stage + ".pt"))}
-    block_size = min((m.model.config.block_size for m in models.values()), default=0)
+    if not models:
+        need(run.path("pretrain.pt"), "python pretrain.py")
+    block_size = min(m.model.config.block_size for m in models.values())
     records, kinds = [], {}
     # As many of each kind as there is room for, in turn.
     for record in fitting(read_jsonl(run.path("eval.jsonl")), tokenizer, run, block_size):
@@ -171,11 +172,6 @@ def compare(run, tokenizer):
             text, ended = tokenizer.text(ids), tokenizer.end in ids
             gold = rubric_score(record, text, ended) if "rubric" in record else None
             shown.append((stage, text if ended else text + " […]", proxy, gold))
-    return rows
-
-
-def show_comparison(run, tokenizer):
-    rows = compare(run, tokenizer)
     for prompt, answers in rows:
         print("\n" + prompt)
         for stage, text, proxy, gold in answers:
@@ -239,7 +235,8 @@ def overoptimization(run, tokenizer, variants):
         (start, alpha, beta), fit = fit_gold(d, values, method)
         for row, value in zip(rows, fit):
             row["fit"] = float(value)
-        smooth = values if method == "best-of-n" else np.convolve(values, np.ones(9) / 9, "valid")
+        width = min(9, len(values))
+        smooth = values if method == "best-of-n" else np.convolve(values, np.ones(width) / width, "valid")
         print(f"{variant:8} {method:9}  d to {d.max():.1f}  proxy {rows[0]['proxy']:.2f} → {rows[-1]['proxy']:.2f}  "
               f"gold {smooth[0]:.2f}, at most {smooth.max():.2f}, at the end {smooth[-1]:.2f}  "
               f"fit {start:.2f} + d ({alpha:.2f} - {beta:.2f} {'d' if method == 'best-of-n' else 'log d'})")
@@ -336,7 +333,7 @@ def main():
             write_file(run.path("overoptimize.svg"), draw_overoptimization(curves))
             print(f"drawn in {run.path('overoptimize.svg')}")
         if config.compare:
-            show_comparison(run, tokenizer)
+            compare(run, tokenizer)
         elif config.next:
             show_next(run, tokenizer, load_model(run, tokenizer, newest_stage(run, "pretrain")), config.next)
         elif config.prompt:

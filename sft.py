@@ -41,15 +41,13 @@ def make_batch(examples, device):
 
 
 def validation_loss(model, examples, run):
-    """Mean over all target tokens of the held-out conversations, shared among the processes."""
-    @torch.no_grad()
+    """Mean over all target tokens of the held-out conversations."""
     def sums(part):
         ids, targets = make_batch([examples[i] for i in part], run.device)
-        with run.autocast():
-            return model(ids, targets).sum().item(), (targets != IGNORE).sum().item()
+        return [(model(ids, targets).sum().item(), (targets != IGNORE).sum().item())]
 
-    parts = run.map(sums, run.parts(len(examples), 64))
-    return run.sum(sum(loss for loss, _ in parts)) / run.sum(sum(count for _, count in parts))
+    losses, counts = zip(*run.evaluate(sums, len(examples), 64))
+    return sum(losses) / sum(counts)
 
 
 def main():
@@ -59,6 +57,9 @@ def main():
         parent = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py", tokenizer.hash)
         block_size = parent["model_config"].block_size
         made = [make_example(tokenizer, record["messages"]) for record in read_jsonl(run.path("sft.jsonl"))]
+        if len(made) < 2:
+            raise SystemExit(f"{run.path('sft.jsonl')} holds {len(made)} conversations, too few to learn from: run "
+                             "python prepare.py with --demonstrations=…")
         examples = [e for e in made if len(e[0]) <= block_size]
         if len(examples) < max(2, len(made) / 2):
             raise SystemExit(f"{len(made) - len(examples)} of {len(made)} conversations are longer than the context of "
@@ -87,19 +88,16 @@ def main():
             run.update(model, optimizer, loss, step, config, learning_rate_factor(step, steps, config.warmup_steps))
             step += 1
 
-            stop = run.stopping()
             if step % 20 == 0 or step == 1:
                 run.log(step, f"step {step:4}/{steps}  loss {loss:.4f}", loss=loss)
-            if step % steps_per_epoch == 0 or stop:
+            if due := step % steps_per_epoch == 0:
                 val = validation_loss(model, validation, run)
                 run.log(step, f"step {step:4}/{steps}  validation loss {val:.4f}" + " (best so far)" * (val < best),
                         val_loss=val)
-                if val < best and step % steps_per_epoch == 0:  # not when stopped in between
+                if val < best:
                     best = val
                     run.save("sft.pt", step, best)
-                run.save("sft.last.pt", step, best)
-            if stop and step < steps:
-                run.stopped("sft.last.pt")
+            run.pause(step, steps, due, best)
 
         model.load_state_dict(load_checkpoint(run.path("sft.pt"), "python sft.py")["model"])
         scorecard(run, "sft", model, tokenizer, val_loss=round(best, 4))

@@ -240,7 +240,7 @@ def pretrain(shape, variant):
 
 
 def generation(shape, variant):
-    """model.generate as it is, or as prepare.respond splits it over the pool of threads; bf16: weights and cache."""
+    """model.generate as it is, or as prepare.respond calls it; bf16: weights and cache."""
     run = make_run(PretrainConfig, "pretrain", variant)
     model = LanguageModel(model_config(shape)).to(run.device, run.dtype).eval()
     tokenizer, asked = records(shape)

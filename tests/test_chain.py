@@ -363,12 +363,26 @@ def test_missing_input_names_its_command(folder, tmp_path, script, present, opti
     ("sft", "--epochs=many", ("--epochs", "int", "many")),
     ("pretrain", "--n_head=3", ("n_head=3", "n_embd")),
     ("ppo", "--batch_size=0", ("--batch_size", "at least 1")),
+    ("prepare", "--fields=question", ("--fields=question", "prompt,response")),
     ("reward", "--config=nowhere.toml", ("nowhere.toml",))])
 def test_wrong_options(tmp_path, script, option, words):
     """A wrong option is named with what would be right, and nothing is written."""
     message = fail(script, tmp_path / "out", option)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
+
+
+def test_run_folder_that_is_none(tmp_path):
+    """A file in the place of the run folder is named, and left as it is."""
+    (tmp_path / "out").write_text("mine")
+    assert str(tmp_path / "out") in fail("prepare", tmp_path / "out") and (tmp_path / "out").read_text() == "mine"
+
+
+def test_no_demonstrations(folder, tmp_path):
+    """Without a demonstration sft.py says what is missing, not that the context is short."""
+    out_dir = copy(folder, tmp_path / "out", (*PREPARED, "pretrain.pt"))
+    (out_dir / "sft.jsonl").write_text("")
+    assert "--demonstrations" in fail("sft", out_dir)
 
 
 def test_wrong_key_in_a_config_file(tmp_path):

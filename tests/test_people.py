@@ -42,6 +42,8 @@ FAULTS = {
                         "tokens that this tokenizer does not have"),
     "no tokens": (json.dumps(line() | dict(responses=[dict(text="a", tokens=[]), dict(text="b", tokens=[1])])),
                   "a response without text, or with tokens"),
+    "no end": (json.dumps(line() | dict(responses=[dict(text=t, tokens=[1]) for t in "ab"])), "'ended'"),
+    "skipped, but null": (json.dumps(line(skipped=True) | dict(ranking=None)), "no ranking (TypeError"),
     "a truth value": (json.dumps(line() | dict(responses=[dict(text="a", tokens=[True]), dict(text="b", tokens=[1])])),
                       "tokens that this tokenizer does not have"),
 }
@@ -225,6 +227,7 @@ def test_ctrl_c_keeps_what_was_ranked(sampled):
     while "[3/" not in shown:
         shown += process.stdout.read(1)
     process.send_signal(signal.SIGINT)
+    process.wait(30)  # though its input is still open
     out, errors = process.communicate(timeout=30)
     assert "Traceback" not in errors and "2 rankings added" in out, (out, errors)
     assert [r["id"] for r in saved(out_dir)] == [s["id"] for s in samples[:2]]

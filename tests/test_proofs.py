@@ -3,7 +3,6 @@
 Language models over so few words that every response can be written down: then the objective of PPO, its gradient, its
 optimum and the distance to it are sums that are taken exactly. Broken on purpose, ppo.py ends far from all of them."""
 
-import functools
 import itertools
 import math
 
@@ -166,11 +165,10 @@ class RewardTable:
     """In place of a reward model: r of every whole sequence, and nothing that could be read at any other token."""
 
     def __init__(self, rewards):
-        rewards = {tuple(p + y): r for (p, y), r in zip(EVERYTHING, rewards.tolist())}
-        self.scores = functools.cache(lambda row: [rewards.get(row[:t + 1], math.nan) for t in range(len(row))])
+        self.rewards = {tuple(p + y): r for (p, y), r in zip(EVERYTHING, rewards.tolist())}
 
-    def __call__(self, tokens):
-        return torch.tensor([self.scores(tuple(row)) for row in tokens.tolist()])
+    def __call__(self, tokens, lengths):
+        return torch.tensor([self.rewards[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
 
 
 def train_to_the_optimum(seed, beta=0.5, steps=70, rate=3e-3):

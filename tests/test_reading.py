@@ -73,6 +73,8 @@ def test_json_of_all_kinds(tmp_path):
     assert documents(tmp_path / "b.json", text_field="content")[0] == ["four"]
     (tmp_path / "c.json").write_text("{")
     assert "c.json" in one_line(documents, tmp_path / "c.json")
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    assert "c.json" in one_line(documents, tmp_path / "c.json")
 
 
 def test_too_many_bad_records_are_an_error():
@@ -99,6 +101,8 @@ def test_html_becomes_text(tmp_path):
         " &amp; hid.</p><script>if (a < b) alert('<p>')</script><p>It\nrained.<br>All day.</body>")
     text, = documents(tmp_path / "a.html")[0]
     assert prepare.repair(text) == "The Fox\n\nHe ran & hid.\n\nIt rained.\nAll day."
+    (tmp_path / "b.html").write_text("<head><meta charset=undefined><title>No</title><body>No head \xe9nds.", "latin-1")
+    assert prepare.repair(documents(tmp_path / "b.html")[0][0]) == "No head énds."  # and the encoding is none
 
 
 def test_folders_globs_and_lists(tmp_path):
@@ -258,6 +262,8 @@ def test_unusable_comparisons_are_dropped_by_rule(record, rule):
 
 
 @pytest.mark.parametrize("record", [{}, {"chosen": "a"}, {"chosen": 1, "rejected": 2}, {"chosen": "", "rejected": ""},
+                                    {"prompt": 3, "responses": ["a", "b"], "scores": [1, 2]},
+                                    {"prompt": [{"content": "a"}], "chosen": "a", "rejected": "b"},
                                     {"responses": 3, "prompt": "a"}, {"responses": [], "scores": [], "prompt": "a"}])
 def test_no_comparison(record):
     """What is none is refused by an error that read_as counts."""
