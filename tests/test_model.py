@@ -1,7 +1,6 @@
 """model.py against independent references: Transformer, generation, optimizer, and what running a stage needs."""
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -110,24 +109,20 @@ def test_logits_equal_an_independent_qwen3(tie, n_kv_head):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-9)
 
 
-TABLES = """
-import math, os, torch, model
-for _ in range(40):
-    if os.fork() == 0:
-        trunk = model.Transformer(model.ModelConfig(n_layer=1, vocab_size=9, block_size=256))
-        angle = torch.outer(torch.arange(len(trunk.cos)).float(), 1e4 ** (-torch.arange(0, 32, 2).float() / 32))
-        exact = torch.tensor([[math.cos(a) for a in row] for row in angle.tolist()]).repeat(1, 2)
-        os._exit(int((trunk.cos - exact).abs().max() > 1e-6))
-print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(40)))
+TABLE = """
+import math, torch, model
+trunk = model.Transformer(model.ModelConfig(n_layer=1, vocab_size=9, block_size=256))
+angle = torch.outer(torch.arange(len(trunk.cos)).float(), 1e4 ** (-torch.arange(0, 32, 2).float() / 32))
+print(float((trunk.cos - torch.tensor([[math.cos(a) for a in row] for row in angle.tolist()]).repeat(1, 2)).abs().max()))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_rotary_table_is_the_same_in_every_process():
-    """Forty processes that have not called a function of MKL's before make the same table, right to rounding."""
-    done = subprocess.run([sys.executable, "-c", TABLES], cwd=Path(__file__).parent.parent, text=True, check=True,
-                          capture_output=True)
-    assert done.stdout.split() == ["0"] * 40
+    """The first cosines of a process are right to rounding, in ten of them one after another."""
+    for _ in range(10):
+        done = subprocess.run([sys.executable, "-c", TABLE], cwd=Path(__file__).parent.parent, text=True, check=True,
+                              capture_output=True)
+        assert float(done.stdout) < 1e-6
 
 
 @pytest.mark.parametrize("tie", [True, False])
