@@ -171,8 +171,8 @@ class Transformer(nn.Module):
         frequency = config.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)     # (D/2,)
         length = config.block_size + 7                                  # `pad` rounds up
         angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)               # (length, D)
-        # MKL sets itself up at the first call of such a function: here in one thread, for when two are first at once, the
-        # table is off by 1e-4, in one process of ten.
+        # MKL sets itself up at the first call of such a function: here in one thread, as two that are first at once may
+        # leave the table off by 1e-4, in one process of ten.
         angle[0].cos()
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
