@@ -240,7 +240,7 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, tokens, lengths=None):
-        """tokens (B, T) → (B, T); with the lengths (N,) of the first N rows → the score of each as a whole, (N,)."""
+        """tokens (B, T) → (B, T); with the lengths (N,) of the first N rows → the score of each of them, (N,)."""
         scores = self.score(self.model(tokens)).squeeze(-1).float()
         return scores if lengths is None else scores[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 

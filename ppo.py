@@ -201,7 +201,6 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
     minibatches = [order[i:i + config.minibatch_size] for order in [rng.permutation(len(rows)) for _ in
                    range(config.epochs)] for i in range(0, len(rows), config.minibatch_size)]
     lengths = np.array([len(r["prompt"]) + len(r["response"]) for r in rows])
-    ptx_length = min(64, getattr(policy, "module", policy).model.config.block_size)
     for chosen in minibatches:
         chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]  # like lengths share a micro-batch: less padding
         n_tokens = mask[chosen].sum()  # of the whole minibatch, whoever computes its rows
@@ -230,7 +229,8 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
             policy.zero_grad()
             break
         if config.ptx_coefficient:  # InstructGPT's eq. 2: the policy keeps reading, so that it does not forget
-            windows = text_windows(text, len(chosen), ptx_length, rng).to(run.device)
+            length = min(64, getattr(policy, "module", policy).model.config.block_size)
+            windows = text_windows(text, len(chosen), length, rng).to(run.device)
             run.backward(policy, len(chosen), config.micro_batch_size, lambda part: config.ptx_coefficient *
                          policy(windows[part, :-1], windows[part, 1:]).sum() / windows[:, 1:].numel())
         run.update(policy, optimizers[0], loss, step, config, factor)
