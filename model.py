@@ -89,14 +89,19 @@ def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √D) v over the keys that `mask` (B, 1, T, S) allows; without one, over past and present.
 
     q (B, H, T, D); k, v (B, Hkv, S, D): each key head serves H / Hkv query heads. In bfloat16 on a CPU, plain matrix
-    products with a table of 0 and -∞ are faster than PyTorch's fused kernel; everywhere else the kernel is."""
-    if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        B, H, T, D = q.shape
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))      # (B·H, T, D)
-        future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-        scores = torch.baddbmm(future.expand(B * H, T, T), q.flatten(0, 1), k.mT, alpha=D ** -0.5)
-        return (scores.softmax(-1) @ v).view(B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    products are faster than PyTorch's fused kernel; everywhere else the kernel is."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    (B, H, T, D), (_, n, S, _) = q.shape, k.shape
+    mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril() if mask is None else mask
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -math.inf).expand(-1, H // n, T, S).flatten(1, 2)
+    bias = bias.repeat_interleave(n, 0) if len(bias) == B else bias                             # 0 or -∞
+    # The query heads that share a key head stand below each other: (B·Hkv, H/Hkv·T, D).
+    q, k, v = q.reshape(B * n, -1, D), k.flatten(0, 1), v.flatten(0, 1)
+    if k.requires_grad:
+        k.register_hook(torch.Tensor.contiguous)  # its gradient comes transposed, and would slow down all before it
+    scores = torch.baddbmm(bias.expand(B * n, -1, S), q, k.mT, alpha=D ** -0.5)                 # (B·Hkv, H/Hkv·T, S)
+    return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 
 class RMSNorm(nn.Module):
@@ -107,7 +112,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        # Under autocast all that read it would turn it into bfloat16, each for itself.
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 class Attention(nn.Module):
@@ -202,6 +209,35 @@ def init_weights(model):
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * model.model.config.n_layer) if small else 0.02)
 
 
+class HeadLoss(torch.autograd.Function):
+    """hidden (n, C), weight (V, C), targets (n,) → -log p(target) with p = softmax(hidden weightᵀ), (n,) in float32.
+
+    The vocabulary is the widest thing in a small model. What the backward pass wants of it, d loss / d logits =
+    p - 1[target], is known as soon as p is: it takes the place of the logits, a few rows at a time, which stay in a
+    CPU's cache. How much each token's loss counts then scales n·C numbers instead of n·V."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        logits, losses = F.linear(hidden, weight), []                                           # (n, V)
+        rows = max(1, 2 ** (19 if logits.device.type == "cpu" else 27) // len(weight))
+        for some, target in zip(logits.split(rows), targets[:, None].split(rows)):
+            p = some.float()
+            p -= p.amax(-1, keepdim=True)
+            chosen = p.gather(1, target)
+            total = p.exp_().sum(-1, keepdim=True)
+            losses.append(total.log() - chosen)
+            p /= total
+            some.copy_(p.scatter_add_(1, target, torch.full_like(chosen, -1)))
+        ctx.save_for_backward(hidden, weight, logits)
+        return torch.cat(losses).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, gradient = ctx.saved_tensors
+        upstream, hidden, weight = (x.to(gradient.dtype) for x in (upstream[:, None], hidden, weight))
+        return upstream * (gradient @ weight), gradient.mT @ (upstream * hidden), None
+
+
 class LanguageModel(nn.Module):
     """Trunk and vocabulary head: p(next token | tokens so far)."""
 
@@ -224,9 +260,8 @@ class LanguageModel(nn.Module):
         wanted = targets != IGNORE
         chosen, targets = hidden[wanted] / temperature, targets[wanted]                         # (n, C), (n,)
         more = -len(targets) % 64  # few different shapes, as in `pad`
-        logits = self.lm_head(F.pad(chosen, (0, 0, 0, more))).float()                           # (n + more, V)
-        loss = F.cross_entropy(logits, F.pad(targets, (0, more), value=IGNORE), ignore_index=IGNORE, reduction="none")
-        return torch.zeros(wanted.shape, device=loss.device).masked_scatter(wanted, loss)
+        loss = HeadLoss.apply(F.pad(chosen, (0, 0, 0, more)), self.lm_head.weight, F.pad(targets, (0, more)))
+        return torch.zeros(wanted.shape, device=loss.device).masked_scatter(wanted, loss[:len(targets)])
 
 
 class ScalarModel(nn.Module):
@@ -256,10 +291,10 @@ class ScalarModel(nn.Module):
 class KVCache:
     """Keys and values of the tokens read so far, (layer, B, Hkv, length, D); each row has its own length."""
 
-    def __init__(self, config, rows, length, like):
-        shape = (config.n_layer, rows, config.n_kv_head, length, config.n_embd // config.n_head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+    def __init__(self, config, rows, length, device):
+        self.shape = (config.n_layer, rows, config.n_kv_head, length, config.n_embd // config.n_head)
+        self.keys = self.values = None  # until the first come
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0  # an upper bound of all lengths, known without asking the device
         self.ids = []     # the tokens read so far, where there is a single row
 
@@ -273,6 +308,8 @@ class KVCache:
 
     def update(self, layer, k, v):
         """Write k, v (B, Hkv, T, D) at the new positions; returns all keys, all values, and who may see whom."""
+        if self.keys is None:
+            self.keys, self.values = k.new_zeros(self.shape), k.new_zeros(self.shape)
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)
         self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
@@ -349,7 +386,7 @@ def generate(model, prompts, max_new_tokens, stop, uniforms, temperature=1.0, to
         raise SystemExit(f"a prompt of {lengths.max()} tokens does not fit the context of {config.block_size}: "
                          "shorten it, or train with a larger --block_size")
     longest = min(config.block_size, int(lengths.max()) + max_new_tokens)
-    cache = cache or KVCache(config, len(prompts), longest, trunk.embed_tokens.weight)
+    cache = cache or KVCache(config, len(prompts), longest, device)
     known = min(len(os.path.commonprefix([cache.ids, prompts[0]])), len(prompts[0]) - 1)
     cache.lengths.fill_(known)
     cache.longest = known
@@ -419,14 +456,13 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                gradient = torch.stack([p.grad for p in params])
-                momentum = torch.stack([self.state[p].get("momentum", torch.zeros_like(p)) for p in params])
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                update = newton_schulz(gradient.lerp(momentum, group["momentum"]))  # Nesterov's look ahead
-                scale = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for p, m, u in zip(params, momentum, update):
-                    self.state[p]["momentum"] = m.clone()
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)
+                gradient = [p.grad for p in params]
+                momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momentum, gradient, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradient, momentum, group["momentum"])  # Nesterov's look ahead
+                update = newton_schulz(torch.stack(ahead)).to(ahead[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
 
 class Optimizers:
@@ -639,7 +675,8 @@ class Run:
         torch.manual_seed(config.seed)
         torch.set_flush_denormal(True)  # tiny momenta would make CPU arithmetic crawl
         with contextlib.suppress(TypeError, AttributeError):  # glibc: keep what is freed, a step asks for it again
-            for parameter, value in ((-3, 2**26), (-1, 2**30), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_…, M_ARENA_MAX
+            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX: threads that share an arena wait for each other
+            for parameter, value in ((-3, 2**26), (-1, 2**30), (-8, THREADS + 1)):
                 ctypes.CDLL(None).mallopt(parameter, value)
         # On a CPU each thread computes micro-batches of its own: small matrices are not worth sharing among threads.
         alone = kind == "cpu" and self.world == 1 and graceful and not getattr(config, "compile", False)
@@ -796,7 +833,8 @@ class Run:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise SystemExit(f"step {step}: the loss is {loss}, its gradient {norm}. Lower the learning rate, or try "
                              "--dtype=float32; the last checkpoint is untouched")
-        optimizer.step(factor)
+        with self.autocast():  # Muon's matrix products
+            optimizer.step(factor)
         return norm
 
     def sum(self, value):

@@ -760,8 +760,9 @@ def respond(model, tokenizer, records, run, key, temperature=1.0):
     mine, responses = run.share(len(records)), []
     for rows in (mine[i:i + 512] for i in range(0, len(mine), 512)):
         prompts = [prompt_ids(tokenizer, records[row]["prompt"]) for row in rows]
-        responses += generate(model, prompts, run.config.max_new_tokens, tokenizer.end, uniforms[list(rows)],
-                              temperature)[0]
+        with run.autocast():
+            responses += generate(model, prompts, run.config.max_new_tokens, tokenizer.end, uniforms[list(rows)],
+                                  temperature)[0]
     return run.gather(responses)
 
 

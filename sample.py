@@ -107,7 +107,7 @@ def chat(run, tokenizer, model):
     """A conversation; the oldest turns are forgotten when it outgrows the context."""
     print("Type a message; an empty line starts over, Ctrl-D or Ctrl-C ends.")
     messages, turn = [], 0
-    cache = KVCache(model.model.config, 1, model.model.config.block_size, model.lm_head.weight)  # of the turns so far
+    cache = KVCache(model.model.config, 1, model.model.config.block_size, run.device)  # of the turns so far
     while True:
         try:
             text = input("\nyou> ").strip()

@@ -240,14 +240,19 @@ def pretrain(shape, variant):
 
 
 def generation(shape, variant):
-    """model.generate as it is, or as prepare.respond calls it; bf16: weights and cache."""
+    """model.generate under autocast, or as prepare.respond calls it."""
     run = make_run(PretrainConfig, "pretrain", variant)
-    model = LanguageModel(model_config(shape)).to(run.device, run.dtype).eval()
+    model = LanguageModel(model_config(shape)).to(run.device)
     tokenizer, asked = records(shape)
     prompts, uniforms = [r["prompt"] for r in asked], run.uniforms(PROMPTS, NEW, 1)
     if "respond" in variant:
         return Contender(variant, lambda: prepare.respond(model, tokenizer, asked, run, 1), PROMPTS * NEW, THREADS)
-    return Contender(variant, lambda: generate(model, prompts, NEW, -1, uniforms, 1.0), PROMPTS * NEW, THREADS)
+
+    def call():
+        with run.autocast():
+            generate(model, prompts, NEW, -1, uniforms, 1.0)
+
+    return Contender(variant, call, PROMPTS * NEW, THREADS)
 
 
 def ppo(shape, variant):

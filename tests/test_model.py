@@ -14,8 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as model_module
-from model import (IGNORE, THREADS, KVCache, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run, RunConfig,
-                   ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep,
+from helpers import float64
+from model import (IGNORE, THREADS, HeadLoss, KVCache, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run,
+                   RunConfig, ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep,
                    learning_rate_factor, load_checkpoint, load_config, newton_schulz, next_token_probabilities, option,
                    pad)
 
@@ -163,16 +164,41 @@ def test_attention_float32_and_masked():
     torch.testing.assert_close(attention(q, k, v, mask), plain_attention(q, k, v, mask[:, 0]), rtol=0, atol=2e-6)
 
 
-def test_attention_bfloat16_on_cpu():
-    """The hand-written bfloat16 path on CPUs agrees with the fused kernel and with float32 to bfloat16's rounding."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_attention_bfloat16_on_cpu(cached):
+    """The hand-written bfloat16 path on CPUs agrees with the fused kernel and with float32 to bfloat16's rounding, over
+    the whole past and over a cache whose rows have got to different places, and so do its gradients."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, n, 9, 16).bfloat16() for n in (4, 2, 2))
-    y = attention(q, k, v)
+    T, S = (2, 9) if cached else (9, 9)
+    q, k, v = (torch.randn(3, n, t, 16).bfloat16().requires_grad_() for n, t in ((4, T), (2, S), (2, S)))
+    ends = torch.tensor([5, 8, 2]) if cached else torch.full((3,), S - 1)
+    allowed = torch.arange(S) <= (ends[:, None] - torch.arange(T).flip(0))[:, :, None]          # (3, T, S)
+    y = attention(q, k, v, allowed[:, None] if cached else None)
     assert y.dtype == torch.bfloat16
-    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    exact = plain_attention(q.float(), k.float(), v.float(), torch.ones(9, 9, dtype=torch.bool).tril())
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], enable_gqa=True)
+    exact = plain_attention(q.float(), k.float(), v.float(), allowed)
     torch.testing.assert_close(y, fused, rtol=0, atol=3e-2)
     torch.testing.assert_close(y.float(), exact, rtol=0, atol=3e-2)
+    weight = torch.randn_like(exact)
+    for ours, theirs in zip(*(torch.autograd.grad((x.float() * weight).sum(), (q, k, v)) for x in (y, exact))):
+        assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance, size", [(torch.float64, 1e-12, 30), (torch.bfloat16, 0.01, 0.5)])
+def test_head_loss_is_cross_entropy(dtype, tolerance, size):
+    """Loss and gradients of the fused head are PyTorch's cross-entropy's, each row weighed on its own, over more words
+    than one piece of rows holds, and at logits whose exponentials overflow."""
+    with float64():
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(300, 8), torch.randn(4000, 8) * size
+        targets, importance = torch.randint(4000, (300,)), torch.randn(300)
+        weight[targets[0]] = -1000 * size * hidden[0].sign()  # as unlikely as it gets
+        hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        ours = HeadLoss.apply(hidden, weight, targets)
+        theirs = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+        assert ours.isfinite().all() and (ours - theirs).abs().max() < tolerance * theirs.abs().max()
+        for a, b in zip(*(torch.autograd.grad((x * importance).sum(), (hidden, weight)) for x in (ours, theirs))):
+            assert a.dtype == dtype and (a.double() - b.double()).norm() < tolerance * b.double().norm()
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -315,7 +341,7 @@ def test_generate_reads_only_what_is_new_in_a_conversation():
     """With a cache that is kept from turn to turn the responses are those without one, whether a prompt goes on from the
     last response, departs from it, repeats or starts anew; and only what is new is read."""
     model, u, read = sampling_model(block_size=64), uniforms(1, 8), []
-    cache, ids, response = KVCache(model.model.config, 1, 64, model.lm_head.weight), [], []
+    cache, ids, response = KVCache(model.model.config, 1, 64, "cpu"), [], []
     model.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
     for turn, new in ((lambda: [1, 5, 6], 3), (lambda: ids + response + [7, 8, 9], 4), (lambda: ids[:4] + [9] * 13, 13),
                       (lambda: ids, 1), (lambda: ids[:-5], 1), (lambda: [6, 1, 2], 3)):
