@@ -68,7 +68,7 @@ def memory_needed(model, config, dtype, threads=1):
     A block keeps about 12 vectors of its width and 4 of the MLP's for each token; with recompute, its input alone."""
     c, parameters = model.model.config, sum(p.numel() for p in model.parameters())
     kept = c.n_embd if config.recompute else 12 * c.n_embd + 4 * c.n_inner
-    activations = dtype.itemsize * c.n_layer * kept + (4 + 4 + dtype.itemsize) * c.vocab_size  # logits, their gradient
+    activations = dtype.itemsize * (c.n_layer * kept + c.vocab_size)  # the logits become their gradient
     tokens = min(config.batch_size, threads * config.micro_batch_size) * config.block_size
     return (12 + 4 * threads) * parameters + tokens * activations
 
