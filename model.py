@@ -809,10 +809,11 @@ class Run:
             return figures if figures.dim() == 0 else figures[0], figures.detach()
 
         def gradients(parts):
-            sums = [0.0] * (1 + len(parameters))
+            sums = None
             for rows in parts:
                 loss, figures = forward(rows)
-                sums = [a + b for a, b in zip(sums, (figures, *torch.autograd.grad(loss, parameters)))]
+                here = figures.clone(), *torch.autograd.grad(loss, parameters)
+                sums = here if sums is None else [a.add_(b) for a, b in zip(sums, here)]
             return sums
 
         parts, total, parameters = self.parts(n, micro_batch_size), 0.0, list(model.parameters())

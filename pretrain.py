@@ -62,15 +62,18 @@ def flops_per_token(model, T):
     return 6 * matrices + 12 * c.n_layer * c.n_embd * T
 
 
-def memory_needed(model, config, dtype, threads=1):
-    """Bytes of weights, two moments, gradients and activations, these for each thread that computes: an estimate.
+def memory_needed(model, config, run):
+    """Bytes of PyTorch itself, weights, two moments, and for each thread gradients, bfloat16 weights and activations: an
+    estimate.
 
-    A block keeps about 12 vectors of its width and 4 of the MLP's for each token; with recompute, its input alone."""
-    c, parameters = model.model.config, sum(p.numel() for p in model.parameters())
-    kept = c.n_embd if config.recompute else 12 * c.n_embd + 4 * c.n_inner
-    activations = dtype.itemsize * (c.n_layer * kept + c.vocab_size)  # the logits become their gradient
-    tokens = min(config.batch_size, threads * config.micro_batch_size) * config.block_size
-    return (12 + 4 * threads) * parameters + tokens * activations
+    A block keeps about 12 vectors of its width and 4 of the MLP's for each token, and where attention is made of matrix
+    products its table; with recompute, its input alone. The logits become their gradient."""
+    c, T, size = model.model.config, config.block_size, run.dtype.itemsize
+    half, parameters = run.dtype != torch.float32, sum(p.numel() for p in model.parameters())
+    kept = 12 * c.n_embd + 4 * c.n_inner + c.n_head * T * (half and run.device.type == "cpu")
+    activations = size * (c.n_layer * (c.n_embd if config.recompute else kept) + c.vocab_size)
+    tokens = T * min(config.batch_size, run.threads * config.micro_batch_size)
+    return 3e8 + parameters * (12 + run.threads * (4 + size * half)) + tokens * activations
 
 
 def main():
@@ -103,7 +106,7 @@ def main():
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(tokens):,} tokens of text, of which"
                   f" {config.max_steps * config.batch_size * config.block_size / len(tokens):.1f} epochs are read; "
                   f"matrix products reach {peak / 1e9:.0f} GFLOP/s here; each process needs about "
-                  f"{memory_needed(model, config, run.dtype, run.threads) / 1e9:.2f} GB")
+                  f"{memory_needed(model, config, run) / 1e9:.2f} GB")
 
         n_targets = config.batch_size * config.block_size
         nats = math.log(2) * data["val"]["bytes"] / data["val"]["characters"]  # a bit per byte in nats per character
