@@ -63,11 +63,10 @@ def flops_per_token(model, T):
 
 
 def memory_needed(model, config, run):
-    """Bytes of PyTorch itself, weights, two moments, and for each thread gradients, bfloat16 weights and activations: an
-    estimate.
+    """Bytes of PyTorch itself, weights, two moments, and of each thread's gradients, bfloat16 weights and activations.
 
     A block keeps about 12 vectors of its width and 4 of the MLP's for each token, and where attention is made of matrix
-    products its table; with recompute, its input alone. The logits become their gradient."""
+    products its table; with recompute, its input alone. The logits become their gradient. An estimate."""
     c, T, size = model.model.config, config.block_size, run.dtype.itemsize
     half, parameters = run.dtype != torch.float32, sum(p.numel() for p in model.parameters())
     kept = 12 * c.n_embd + 4 * c.n_inner + c.n_head * T * (half and run.device.type == "cpu")
