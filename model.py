@@ -215,7 +215,7 @@ def init_weights(model):
 
 
 class HeadLoss(torch.autograd.Function):
-    """hidden (n, C), weight (V, C), targets (n,) → -log p(target) with p = softmax(hidden weightᵀ), (n,) in float32.
+    """hidden (n, C), weight (V, C), targets (n,) → -log p(target), (n,) in float32, of p = softmax(logits).
 
     The vocabulary is the widest thing in a small model. What the backward pass wants of it, d loss / d logits =
     p - 1[target], is known as soon as p is: it takes the place of the logits, a few rows at a time, which stay in a
@@ -812,7 +812,7 @@ class Run:
             sums = None
             for rows in parts:
                 loss, figures = forward(rows)
-                here = figures.clone(), *torch.autograd.grad(loss, parameters)
+                here = figures, *torch.autograd.grad(loss, parameters)
                 sums = here if sums is None else [a.add_(b) for a, b in zip(sums, here)]
             return sums
 
