@@ -109,17 +109,49 @@ def attention(q, k, v, mask=None):
     return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 
+def autocast_dtype(x):
+    """The precision that autocast, where it is on, gives to matrix products of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Normalise(torch.autograd.Function):
+    """x (…, C), gain (C,) → u · gain, u = x / √(mean(x²) + ε), as `dtype`; two passes over x where autograd has eight.
+
+    dx = (h - u · mean(h · u)) / √(mean(x²) + ε), where h = dy · gain."""
+
+    @staticmethod
+    def forward(ctx, x, gain, dtype):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        scale = (length.square() / x.shape[-1] + 1e-6).rsqrt()
+        unit = x * scale
+        ctx.save_for_backward(unit.to(dtype), gain, scale)
+        return (unit * gain).to(dtype)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        unit, gain, scale = ctx.saved_tensors
+        both, weight = (upstream * unit).flatten(0, -2), gain.to(unit.dtype)                    # (n, C), (C,)
+        mean = (both @ weight / len(weight)).view(scale.shape)
+        dx = (upstream * weight).addcmul_(unit, mean, value=-1).mul_(scale.to(unit.dtype))
+        return dx, both.sum(0, dtype=gain.dtype), None
+
+
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε), times a learned gain for each channel (Zhang & Sennrich 2019)."""
+    """x / √(mean(x²) + ε), times a learned gain for each channel (Zhang & Sennrich 2019).
+
+    Under autocast in bfloat16, or all that read it would turn it into that, each for itself."""
 
     def __init__(self, width):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
-        # Under autocast all that read it would turn it into bfloat16, each for itself.
-        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        dtype = autocast_dtype(x)
+        if x.requires_grad and x.device.type == "cpu" and dtype == torch.bfloat16:
+            return Normalise.apply(x, self.weight, dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6).to(dtype)
 
 
 class Attention(nn.Module):
@@ -136,10 +168,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, Hkv, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, Hkv, T, D)
-        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2).contiguous()                 # (B, H or Hkv, T, D)
+                   for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, mask = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
         y = attention(q, k, v, mask)                                                            # (B, H, T, D)
@@ -307,8 +338,9 @@ class KVCache:
         """Make room for T more tokens a row; returns their positions (B, T)."""
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.lengths, self.longest = self.lengths + T, self.longest + T
-        key_positions = torch.arange(self.longest, device=self.lengths.device)
-        self.mask = (key_positions <= self.positions[:, :, None]).unsqueeze(1)                  # (B, 1, T, longest)
+        self.read = min(-(-self.longest // 16) * 16, self.shape[3])  # few different shapes, as in `pad`
+        key_positions = torch.arange(self.read, device=self.lengths.device)
+        self.mask = (key_positions <= self.positions[:, :, None]).unsqueeze(1)                  # (B, 1, T, read)
         return self.positions
 
     def update(self, layer, k, v):
@@ -318,7 +350,7 @@ class KVCache:
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)
         self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
-        return self.keys[layer, :, :, :self.longest], self.values[layer, :, :, :self.longest], self.mask
+        return self.keys[layer, :, :, :self.read], self.values[layer, :, :, :self.read], self.mask
 
     def keep(self, rows):
         """Drop all rows but these."""
@@ -436,8 +468,8 @@ def newton_schulz(g, steps=5):
     Each step applies the odd polynomial a·x + b·x³ + c·x⁵ to the singular values, by matrix products alone."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
-    x = g.mT.contiguous() if tall else g
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (g.mT if tall else g) / g.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.to(autocast_dtype(x), memory_format=torch.contiguous_format)
     for _ in range(steps):
         s = x @ x.mT
         s = torch.baddbmm(s, s, s, beta=b, alpha=c)  # b·s + c·s²
@@ -778,10 +810,10 @@ class Run:
         """This process's part of range(n)."""
         return range(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
-    def parts(self, n, size):
-        """This process's part of range(n), cut into pieces of at most `size`, one for each thread at least."""
+    def parts(self, n, size, threads):
+        """This process's part of range(n), cut into pieces of at most `size`, one for each of the threads at least."""
         mine = self.share(n)
-        size = max(1, min(size, -(-len(mine) // self.threads)))
+        size = max(1, min(size, -(-len(mine) // threads)))
         return [mine[i:i + size] for i in range(0, len(mine), size)]
 
     def map(self, function, items):
@@ -794,7 +826,7 @@ class Run:
             with torch.no_grad(), self.autocast():
                 return function(part)
 
-        return self.gather([item for items in self.map(call, self.parts(n, size)) for item in items])
+        return self.gather([item for items in self.map(call, self.parts(n, size, self.threads)) for item in items])
 
     def backward(self, model, n, micro_batch_size, loss_of):
         """Gradients of Σ loss_of(rows) over this process's share of a batch of n rows, micro-batch by micro-batch.
@@ -803,35 +835,44 @@ class Run:
         sum divided by a count over the global batch. Such parts add up, over micro-batches and processes, to the true
         mean; means of micro-batches would not. It may be a vector, whose first entry is the loss and whose others are
         figures to add up likewise. Returns the sum, as plain numbers."""
-        def forward(rows):
+        return self.backward_all(n, micro_batch_size, (model, loss_of))[0]
+
+    def backward_all(self, n, micro_batch_size, *pairs):
+        """The same for several pairs (model, loss_of) of one batch: a list of their sums.
+
+        On a CPU models share the threads: one pass over many rows is faster than several over few at once."""
+        def forward(loss_of, rows):
             with self.autocast():
                 figures = loss_of(slice(rows.start, rows.stop))
             return figures if figures.dim() == 0 else figures[0], figures.detach()
 
-        def gradients(parts):
-            sums = None
+        def gradients(job):
+            (model, loss_of), parts = pairs[job[0]], job[1]
+            sums, parameters = None, list(model.parameters())
             for rows in parts:
-                loss, figures = forward(rows)
+                loss, figures = forward(loss_of, rows)
                 here = figures, *torch.autograd.grad(loss, parameters)
                 sums = here if sums is None else [a.add_(b) for a, b in zip(sums, here)]
             return sums
 
-        parts, total, parameters = self.parts(n, micro_batch_size), 0.0, list(model.parameters())
+        totals, threads = [0.0] * len(pairs), max(1, self.threads // len(pairs))
+        parts = self.parts(n, micro_batch_size, threads)
         if self.threads > 1:  # each thread adds up its own, always the same ones
-            shares = [parts[i::self.threads] for i in range(min(self.threads, len(parts)))]
-            for figures, *gradient in self.map(gradients, shares):
-                total = total + figures
-                for p, g in zip(parameters, gradient):
+            jobs = [(i, parts[j::threads]) for j in range(min(threads, len(parts))) for i in range(len(pairs))]
+            for (i, _), (figures, *gradient) in zip(jobs, self.map(gradients, jobs)):
+                totals[i] = totals[i] + figures
+                for p, g in zip(pairs[i][0].parameters(), gradient):
                     p.grad = g if p.grad is None else p.grad.add_(g)
-            return total.tolist()
+            return [total.tolist() for total in totals]
         weight = self.world if parts else 0  # DDP divides by the number of processes
-        for rows in parts or [range(1)]:  # with nothing to do, take part in the exchange all the same
-            last = not parts or rows == parts[-1]  # gradients are exchanged once a step, in the last backward pass
-            with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
-                loss, figures = forward(rows)
-                (loss * weight).backward()
-            total = total + figures * (weight > 0)
-        return self.sum(total).tolist()
+        for i, (model, loss_of) in enumerate(pairs):
+            for rows in parts or [range(1)]:  # with nothing to do, take part in the exchange all the same
+                last = not parts or rows == parts[-1]  # gradients are exchanged once a step, in the last backward pass
+                with contextlib.nullcontext() if last or self.world == 1 else model.no_sync():
+                    loss, figures = forward(loss_of, rows)
+                    (loss * weight).backward()
+                totals[i] = totals[i] + figures * (weight > 0)
+        return [self.sum(total).tolist() for total in totals]
 
     def update(self, model, optimizer, loss, step, config, factor):
         """Clip the gradients and take a step, unless the loss has blown up; returns the norm before clipping."""

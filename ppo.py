@@ -224,17 +224,18 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
             batch, (m, _, _, old, R) = prepare(part)
             return (value_loss(response_values(value_model, batch), old, R, config.value_clip) * m).sum() / n_tokens
 
-        loss, clip_fraction, approx_kl = run.backward(policy, len(chosen), config.micro_batch_size, policy_part)
-        if config.kl_stop and approx_kl > config.kl_stop:  # before stepping, not by a loss of 0: Adam would still move
-            policy.zero_grad()
-            break
+        pairs = [(policy, policy_part), (value_model, value_part)]
         if config.ptx_coefficient:  # InstructGPT's eq. 2: the policy keeps reading, so that it does not forget
             length = min(64, getattr(policy, "module", policy).model.config.block_size)
             windows = text_windows(text, len(chosen), length, rng).to(run.device)
-            run.backward(policy, len(chosen), config.micro_batch_size, lambda part: config.ptx_coefficient *
-                         policy(windows[part, :-1], windows[part, 1:]).sum() / windows[:, 1:].numel())
+            pairs.append((policy, lambda part: config.ptx_coefficient * policy(
+                windows[part, :-1], windows[part, 1:]).sum() / windows[:, 1:].numel()))
+        (loss, clip_fraction, approx_kl), v_loss, *_ = run.backward_all(len(chosen), config.micro_batch_size, *pairs)
+        if config.kl_stop and approx_kl > config.kl_stop:  # before stepping, not by a loss of 0: Adam would still move
+            policy.zero_grad()
+            value_model.zero_grad()
+            break
         run.update(policy, optimizers[0], loss, step, config, factor)
-        v_loss = run.backward(value_model, len(chosen), config.micro_batch_size, value_part)
         run.update(value_model, optimizers[1], v_loss, step, config, factor)
         done += 1
         for name, figure in zip(totals, (loss, v_loss, clip_fraction, approx_kl)):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import model as model_module
 from helpers import float64
-from model import (IGNORE, THREADS, HeadLoss, KVCache, LanguageModel, ModelConfig, Muon, Optimizers, RMSNorm, Run,
-                   RunConfig, ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep,
+from model import (IGNORE, THREADS, HeadLoss, KVCache, LanguageModel, ModelConfig, Muon, Normalise, Optimizers, RMSNorm,
+                   Run, RunConfig, ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep,
                    learning_rate_factor, load_checkpoint, load_config, newton_schulz, next_token_probabilities, option,
                    pad)
 
@@ -200,6 +200,27 @@ def test_head_loss_is_cross_entropy(dtype, tolerance, size):
         assert ours.isfinite().all() and (ours - theirs).abs().max() < tolerance * theirs.abs().max()
         for a, b in zip(*(torch.autograd.grad((x * importance).sum(), (hidden, weight)) for x in (ours, theirs))):
             assert a.dtype == dtype and (a.double() - b.double()).norm() < tolerance * b.double().norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+def test_normalise_is_rms_norm(dtype, tolerance):
+    """RMSNorm and its gradients, as on a CPU in bfloat16, are those of PyTorch's in float64, for vectors of any length;
+    under autocast the norm takes this path and gives bfloat16, its input's gradient stays float32."""
+    with float64():
+        torch.manual_seed(0)
+        x, gain, importance = torch.randn(3, 5, 16) * torch.logspace(-2, 2, 5)[:, None], torch.rand(16), torch.randn(16)
+        x, gain = (t.to(dtype).requires_grad_() for t in (x, gain))
+        ours = Normalise.apply(x, gain, dtype)
+        theirs = F.rms_norm(x.double(), (16,), gain.double(), eps=1e-6)
+        assert ours.dtype == dtype and (ours.double() - theirs).norm() < tolerance * theirs.norm()
+        gradients = [torch.autograd.grad((y * importance.to(y.dtype)).sum(), (x, gain)) for y in (ours, theirs)]
+        for a, b in zip(*gradients):
+            assert a.dtype == dtype and (a.double() - b.double()).norm() < 2 * tolerance * b.double().norm()
+    x, norm = torch.randn(2, 16, requires_grad=True), RMSNorm(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16 and "Normalise" in type(y.grad_fn).__name__
+    assert torch.autograd.grad(y.float().square().sum(), x)[0].dtype == torch.float32
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -484,6 +505,22 @@ def test_muon_agrees_with_pytorchs():
             assert 0.98 < a.norm() / b.norm() < 1.02
 
 
+def test_muon_steps_by_its_formula():
+    """p ← (1 - ηλ) p - η √max(1, rows/columns) NS(μ m + (1 - μ) g) with m = Σ (1 - μ) μ^age g, step by step."""
+    torch.manual_seed(0)
+    for shape in (8, 12), (12, 8):
+        p, seen = nn.Parameter(torch.randn(shape, dtype=torch.float64)), []
+        optimizer = Muon([p], lr=0.05, momentum=0.9, weight_decay=0.3)
+        for _ in range(4):
+            p.grad, old = torch.randn_like(p), p.detach().clone()
+            seen.append(p.grad.clone())
+            optimizer.step()
+            momentum = sum(0.1 * 0.9 ** age * g for age, g in enumerate(reversed(seen)))
+            update = newton_schulz((0.9 * momentum + 0.1 * seen[-1])[None])[0]
+            expected = old * (1 - 0.05 * 0.3) - 0.05 * max(1, shape[0] / shape[1]) ** 0.5 * update
+            torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_optimizers_split_the_parameters(tie):
     """Each parameter is in exactly one optimizer; Muon has the blocks' matrices; norms are not decayed."""
@@ -570,6 +607,24 @@ def test_accumulation_equals_one_big_batch(tmp_path, micro_batch_size, threads):
     whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     assert total == pytest.approx(whole.item(), abs=1e-12)
     for g, e in zip(found, torch.autograd.grad(whole, list(model.parameters()))):
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_several_models_share_a_backward_pass(tmp_path, threads):
+    """Gradients and figures of several losses at once, two of them of one model, are those of each by itself."""
+    run, tokens = a_run(tmp_path), torch.randint(19, (5, 6))
+    run.threads, first, second = threads, language_model().double(), language_model(1).double()
+    pairs = [(first, lambda rows: first(tokens[rows]).square().sum() / 5),
+             (second, lambda rows: second(tokens[rows]).sin().sum((0, 1))[:2]),
+             (first, lambda rows: first(tokens[rows]).cos().sum() / 5)]
+    totals = run.backward_all(5, 2, *pairs)
+    found = [p.grad for model in (first, second) for p in model.parameters()]
+    everything = [loss_of(slice(0, 5)) for _, loss_of in pairs]
+    assert totals == [pytest.approx(figures.tolist()) for figures in everything]
+    expected = [*torch.autograd.grad(everything[0] + everything[2], list(first.parameters())),
+                *torch.autograd.grad(everything[1][0], list(second.parameters()))]
+    for g, e in zip(found, expected):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
 
 
