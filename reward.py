@@ -51,10 +51,10 @@ class RewardConfig(TrainConfig):
     n_samples: int = option(4, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
     n_reward_layer: int = option(2, "blocks of the reward model, taken from the bottom of the SFT model", low=1)
-    epochs: int = option(3, "passes over the rankings", low=1)
+    epochs: int = option(5, "passes over the rankings", low=1)
     batch_size: int = option(16, "prompts a step, over all processes, each with all its responses", low=1)
     micro_batch_size: int = option(16, "prompts a process computes at once; the rest is accumulated", low=1)
-    muon_learning_rate: float = option(0.01, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
+    muon_learning_rate: float = option(0.005, "peak rate of Muon (matrices of the blocks); 0: AdamW for all", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
     val_share: float = option(0.15, "share of the ranked prompts held out to measure accuracy", low=0.001, high=0.5)
 
