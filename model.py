@@ -116,7 +116,7 @@ def autocast_dtype(x):
 
 
 class Normalise(torch.autograd.Function):
-    """x (…, C), gain (C,) → u · gain, u = x / √(mean(x²) + ε), as `dtype`; two passes over x where autograd has eight.
+    """x (…, C), gain (C,) → u · gain, u = x / √(mean(x²) + ε), as `dtype`; few passes over x where autograd has many.
 
     dx = (h - u · mean(h · u)) / √(mean(x²) + ε), where h = dy · gain."""
 
@@ -590,7 +590,8 @@ def parse(name, option, value, where):
         with contextlib.suppress(ValueError, KeyError):
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     if kind is float and type(value) is int:
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise SystemExit(f"{where}: {name} must be {'true or false' if kind is bool else kind.__name__}, not {value!r}")
     m = option.metadata
@@ -633,7 +634,7 @@ def load_config(cls, doc, argv=None):
         try:
             with open(path, "rb") as f:
                 file = tomllib.load(f)
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SystemExit(f"{path}: cannot read this config: {error}")
         stages = ("prepare", "model", "pretrain", "sft", "reward", "ppo", "sample")
         for name in file:
@@ -743,6 +744,9 @@ class Run:
     def open(self):
         """Claim the run folder, and say what is run."""
         os.makedirs(self.config.out_dir, exist_ok=True)
+        for stream in (sys.stdin, sys.stdout):  # half a character, or one that a terminal lacks, is no reason to stop
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         if self.main:
             self.lock()
             settings, threads = dataclasses.asdict(self.config), max(self.threads, torch.get_num_threads())
@@ -926,10 +930,16 @@ class Run:
         return os.path.join(self.config.out_dir, name)
 
     def keep_earlier(self, *names):
-        """Rename what an earlier run has left under these names, so that nothing is overwritten."""
+        """Rename what an earlier run has left under these names to name.1.ext, or the next free number, so that nothing
+        is overwritten."""
         for name in names if self.main else ():
-            if os.path.exists(self.path(name)):
-                print(f"  an earlier {name} is kept as {keep(self.path(name))}")
+            path, number = self.path(name), 1
+            stem, ext = os.path.splitext(path)
+            while os.path.exists(kept := f"{stem}.{number}{ext}"):
+                number += 1
+            if os.path.exists(path):
+                os.rename(path, kept)
+                print(f"  an earlier {name} is kept as {kept}")
 
     def publish(self, name):
         """Give name.tmp its final name. An earlier file is left alone if it is the same, else kept under another."""
@@ -982,16 +992,6 @@ class Run:
             raise SystemExit(f"cannot write {path} (is the disk full?): {str(error).splitlines()[0]}; "
                              "an earlier file of that name is untouched")
         self.barrier()
-
-
-def keep(path):
-    """Rename an existing file to name.1.ext, or the next free number; returns the new name."""
-    stem, ext = os.path.splitext(path)
-    number = 1
-    while os.path.exists(f"{stem}.{number}{ext}"):
-        number += 1
-    os.rename(path, f"{stem}.{number}{ext}")
-    return f"{stem}.{number}{ext}"
 
 
 def write_file(path, text):

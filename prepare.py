@@ -38,6 +38,7 @@ import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,7 @@ class PrepareConfig(RunConfig):
     bpe_megabytes: float = option(10.0, "the tokenizer is trained on a sample of this size", low=0.001)
     val_share: float = option(0.05, "share of the documents held out for validation", low=0.0001, high=0.5)
     val_tail: bool = option(False, "hold out the end of the text, not documents from all over it")
-    cleaning: bool = option(True, "repair the text and remove bad documents and duplicates; false: take it as it is")
+    cleaning: bool = option(True, "repair text, remove duplicates and what is no good English; false: keep it as it is")
     min_words: int = option(8, "cleaning: shorter documents are removed", low=1)
     blocked_words: str = option("scum,vermin", "cleaning: a document with one of these words is removed")
     near_duplicate: float = option(0.8, "cleaning: Jaccard similarity from which documents are duplicates",
@@ -83,6 +84,11 @@ class PrepareConfig(RunConfig):
     def check(self):
         if self.fields.count(",") != 1:
             return f"--fields={self.fields}: name two fields with a comma between them, as in prompt,response"
+        if "\n" in self.separator:
+            return f"--separator={self.separator!r} must stand within a line; leave it empty for blank lines"
+        for name in ("demonstrations", "comparisons", "prompts"):
+            if getattr(self, name) and not self.text:
+                return f"--{name} goes with --text, which the tokenizer and pretraining need: give both"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,12 +99,19 @@ def beside(path):
     return path if os.path.exists(path) else os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
 
 
-def read_world(path):
+@contextlib.contextmanager
+def blaming(path):
+    """Within it, what goes wrong is the fault of the world file."""
     try:
-        with open(beside(path), "rb") as f:
-            return tomllib.load(f)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--world={path} cannot be read: {error}")
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise SystemExit(f"--world={path} cannot be used ({type(error).__name__}: {error}): mend it, or compare it "
+                         "with configs/world.toml")
+
+
+def read_world(path):
+    with open(beside(path), "rb") as f:
+        return tomllib.load(f)
 
 
 def fill(template, **slots):
@@ -131,13 +144,9 @@ def tell_story(world, c, thing, rng):
     return [fill(rng.choice(ways), **c, thing=thing) for ways in rng.choice(world["plots"])["steps"]]
 
 
-def world_documents(world, creatures, size, reserved, rng):
-    """Documents of about `size` bytes in all, as (text, what is wrong with it or ""), without the reserved prompts."""
+def world_documents(world, creatures, config, reserved, rng):
+    """Documents of about config.megabytes in all, as (text, what is wrong with it or ""), without reserved prompts."""
     attributes, past, told = world["attributes"], [], set()
-
-    def statement(c, key, who=None):
-        return fill(rng.choice(attributes[key]["statements"]), who=who or rng.choice(c["aliases"]),
-                    value=value_of(world, c, key))
 
     def story(c):
         steps = tell_story(world, c, rng.choice(world["things"]), rng)
@@ -150,7 +159,8 @@ def world_documents(world, creatures, size, reserved, rng):
 
     def portrait(c):
         keys = rng.sample(list(attributes), rng.randint(2, len(attributes)))
-        return " ".join(statement(c, key, c["hero"] if i == 0 else None) for i, key in enumerate(keys))
+        return " ".join(fill(rng.choice(attributes[key]["statements"]), value=value_of(world, c, key),
+                             who=rng.choice(c["aliases"]) if i else c["hero"]) for i, key in enumerate(keys))
 
     def forum(c, kinds=("fact", "fact", "fact", "pair", "sum", "story", "story")):
         """People ask and others answer, much as a chat will later go."""
@@ -169,33 +179,29 @@ def world_documents(world, creatures, size, reserved, rng):
         text = rng.choice(past)
         while kind == "near duplicate" and text.count(" ") < 30:  # one word more or less in ten would be no duplicate
             text = rng.choice(past)
-        words = text.split(" ")
+        words, noise = text.split(" "), "bcdfghjklmnpqrstvwxz#%&@^~|0123456789"
         if kind == "near duplicate":
             for _ in range(max(1, len(words) // 40)):
                 words[rng.randrange(len(words))] = rng.choice(["quite", "very", "then", "also"])
-            text = " ".join(words)
-        elif kind == "boilerplate":
-            text = "\n".join(rng.sample(world["web"]["boilerplate"], 3) + [" ".join(words[:8])])
-        elif kind == "markup":
-            text = f'<div class="page{rng.randint(1, 99)}"><a href="/">' + "</a> <p>".join(words) + "</p></div>"
-        elif kind == "garbled":
-            text = " ".join("".join(rng.choices("bcdfghjklmnpqrstvwxz#%&@^~|0123456789", k=len(w))) for w in words)
-        elif kind == "fragment":
-            text = " ".join(words[:rng.randint(1, 5)])
-        elif kind == "repetition":
-            text = "\n".join([text.split(". ")[0] + "."] * rng.randint(4, 9))
-        elif kind == "undesirable":
-            text = fill(rng.choice(world["web"]["profane"]), who=c["hero"])
-        return text, kind
+        return {
+            "exact duplicate": lambda: text,
+            "near duplicate": lambda: " ".join(words),
+            "boilerplate": lambda: "\n".join(rng.sample(world["web"]["boilerplate"], 3) + [" ".join(words[:8])]),
+            "markup": lambda: f'<div class="page{rng.randint(1, 99)}"><a href="/">{"</a> <p>".join(words)}</p></div>',
+            "garbled": lambda: " ".join("".join(rng.choices(noise, k=len(word))) for word in words),
+            "fragment": lambda: " ".join(words[:rng.randint(1, 5)]),
+            "repetition": lambda: "\n".join([text.split(". ")[0] + "."] * rng.randint(4, 9)),
+            "undesirable": lambda: fill(rng.choice(world["web"]["profane"]), who=c["hero"])}[kind](), kind
 
     rude, harmful = functools.partial(forum, kinds=("fact", "sum")), functools.partial(forum, kinds=("harm",))
     kinds, weights = [story, portrait, forum, rude, harmful, spoil], [16, 12, 48, 4, 4, 16]
     written = 0
-    while written < size:
+    while written < config.megabytes * 1e6:
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
         if make is spoil and len(past) < 20:
             continue
-        text, label = make(c) if make is spoil else (make(c), "")
+        with blaming(config.world):
+            text, label = make(c) if make is spoil else (make(c), "")
         if not label:
             if text in told:  # chance said the same twice: that would be a duplicate, too
                 continue
@@ -214,14 +220,7 @@ def make_prompt(world, creatures, kind, rng):
     attributes, p = world["attributes"], world["prompts"]
     asked = [key for key, attribute in attributes.items() if "questions" in attribute]
     names, other_names = (f"{one['name']}|{one['species']}".lower() for one in (c, other))
-    rubric = dict(mentions=[names], truths=[], wrong=[], unsafe=False, min_words=0, max_words=30,
-                  **world["judge"])
-
-    def truth(key):
-        return c[key].lower()
-
-    def lies(key):
-        return sorted({d[key].lower() for d in creatures} - {truth(key)})
+    rubric = dict(mentions=[names], truths=[], wrong=[], unsafe=False, min_words=0, max_words=30, **world["judge"])
 
     def answer(key, source, who=who):
         return fill(attributes[key]["statements"][0], who=who, value=value_of(world, source, key))
@@ -229,19 +228,17 @@ def make_prompt(world, creatures, kind, rng):
     def beside_the_point():  # true, perhaps, but not what was asked for
         return answer(rng.choice(asked), other, rng.choice(other["aliases"]))
 
-    if kind == "fact":
-        key = rng.choice(asked)
-        question = fill(rng.choice(attributes[key]["questions"]), who=who)
-        rubric.update(mentions=[names, truth(key)], truths=[truth(key)], wrong=lies(key))
-        good, terse = answer(key, c), fill("{v}.", v=value_of(world, c, key))
-        wrong = rng.choice([answer(key, other), beside_the_point()])
-    elif kind == "pair":
-        x, y = rng.sample(asked, 2)
-        question = fill(rng.choice(p["pair"]), x=x, y=y, who=who)
-        truths = [truth(x), truth(y)]
-        rubric.update(mentions=[names, *truths], truths=truths, wrong=lies(x) + lies(y), max_words=40)
-        good, terse = f"{answer(x, c)} {answer(y, c)}", answer(x, c)
-        wrong = rng.choice([f"{answer(x, c)} {answer(y, other)}", f"{answer(x, c)} {beside_the_point()}"])
+    if kind in ("fact", "pair"):  # one question, or two in one
+        keys = [rng.choice(asked)] if kind == "fact" else rng.sample(asked, 2)
+        ways = attributes[keys[0]]["questions"] if kind == "fact" else p["pair"]
+        question = fill(rng.choice(ways), who=who, x=keys[0], y=keys[-1])
+        truths = [c[key].lower() for key in keys]
+        lies = [sorted({d[key].lower() for d in creatures} - {truth}) for key, truth in zip(keys, truths)]
+        rubric.update(mentions=[names, *truths], truths=truths, wrong=sum(lies, []), max_words=20 + 10 * len(keys))
+        begun = [answer(key, c) for key in keys[:-1]]  # the first half of a pair's answer is right in any case
+        good = " ".join([*begun, answer(keys[-1], c)])
+        terse = " ".join(begun) or fill("{v}.", v=value_of(world, c, keys[0]))
+        wrong = " ".join([*begun, rng.choice([answer(keys[-1], other), beside_the_point()])])
     elif kind == "sum":
         a, b = rng.randint(1, 4), rng.randint(1, 4)
         question = rng.choice(p["sum"]).format(a=a, b=b)
@@ -272,20 +269,17 @@ def make_prompt(world, creatures, kind, rng):
 
 def world_prompts(world, creatures, config, rng):
     """Demonstrations of mixed quality, prompts, held-out prompts: no prompt stands in two of them."""
-    seen, made = set(), []
-    wanted = config.n_demonstrations + config.n_prompts + config.n_eval
+    made, wanted = {}, config.n_demonstrations + config.n_prompts + config.n_eval
     for attempt in range(100 * wanted):
         kind = rng.choices(["fact", "pair", "sum", "story", "harm"], [44, 10, 6, 20, 20])[0]
         record, answers = make_prompt(world, creatures, kind, rng)
-        if record["prompt"].lower() not in seen:
-            seen.add(record["prompt"].lower())
-            made.append((record, answers))
+        made.setdefault(record["prompt"].lower(), (record, answers))
         if len(made) == wanted:
             break
     else:
         raise SystemExit(f"the world can ask only {len(made)} different questions, not {wanted}: lower --n_prompts, "
                          "or add phrases to the world file")
-    demonstrations = []
+    made, demonstrations = list(made.values()), []
     for record, answers in made[:config.n_demonstrations]:
         bad = config.comply if record["rubric"]["unsafe"] else config.wrong
         quality = rng.choices(["good", "terse", "wrong"], [max(0, 1 - bad - config.terse), config.terse, bad])[0]
@@ -425,34 +419,26 @@ class Keys:
             self.latest = set()
 
 
-@dataclass
-class Document:
-    """A document on its way through the cleaning."""
-    text: str
-    label: str         # what the world has spoiled about it, or nothing
-    bytes: int         # as it was read
-    repaired: bool
-    reason: str | None = None              # why it is removed
-    key: int | None = None                 # equal for exact duplicates
-    signature: np.ndarray | None = None    # alike for near duplicates
-
-
 def inspect(documents, config):
-    """All that can be found out about documents, (text, label) pairs, one at a time: no state, so on any core."""
-    rules, inspected = quality_rules(config.min_words, config.blocked_words) if config.cleaning else {}, []
+    """All that can be found out about documents, (text, label) pairs, one at a time: no state, so on any core.
+
+    Each becomes a dict: text; label, what the world has spoiled about it, or nothing; bytes, as it was read; repaired;
+    reason, why it is removed, or None; and if it is to be compared with others, key, equal for exact duplicates, and
+    signature, alike for near ones."""
+    rules = quality_rules(config.min_words, config.blocked_words) if config.cleaning else {}
+    inspected, compared = [], []
     for raw, label in documents:
         text = repair(raw) if config.cleaning else raw
         words = text.split()
         reason = next((name for name, wrong in rules.items() if wrong(text, words)), None)
-        size, repaired = len(raw.encode("utf-8", "replace")), config.cleaning and text != raw.strip()
-        document = Document(text, label, size, repaired, reason)
-        if config.cleaning and len(words) >= config.duplicate_words:
+        inspected.append(dict(text=text, label=label, bytes=len(raw.encode("utf-8", "replace")), reason=reason,
+                              repaired=config.cleaning and text != raw.strip()))
+        if config.cleaning and not reason and len(words) >= config.duplicate_words:
             digest = hashlib.blake2b(" ".join(words).lower().encode(), digest_size=8).digest()
-            document.key = int.from_bytes(digest, "big")
-        inspected.append(document)
-    compared = [d for d in inspected if d.key is not None and not d.reason]
-    for document, signature in zip(compared, minhash([d.text for d in compared])):
-        document.signature = signature
+            inspected[-1]["key"] = int.from_bytes(digest, "big")
+            compared.append(inspected[-1])
+    for document, signature in zip(compared, minhash([document["text"] for document in compared])):
+        document["signature"] = signature
     return inspected
 
 
@@ -463,22 +449,22 @@ def clean(batches, config, report):
     removed = {name: dict(removed=0, bytes=0, examples=[]) for name in reasons}
     spoiled, caught, read, read_bytes, repaired = Counter(), Counter(), 0, 0, 0
     for document in itertools.chain.from_iterable(batches):
-        read, read_bytes, repaired = read + 1, read_bytes + document.bytes, repaired + document.repaired
-        reason = document.reason
-        if document.signature is not None:
-            reason = ("exact duplicate" if document.key in keys else
-                      "near duplicate" if near.seen(document.signature) else None)
-            keys.add(document.key)
-        spoiled[document.label] += 1
+        read, read_bytes, repaired = read + 1, read_bytes + document["bytes"], repaired + document["repaired"]
+        reason = document["reason"]
+        if "key" in document:
+            reason = ("exact duplicate" if document["key"] in keys else
+                      "near duplicate" if near.seen(document["signature"]) else None)
+            keys.add(document["key"])
+        spoiled[document["label"]] += 1
         if reason is None:
-            yield document.text
+            yield document["text"]
             continue
-        caught[document.label] += 1
+        caught[document["label"]] += 1
         entry = removed[reason]
         entry["removed"] += 1
-        entry["bytes"] += len(document.text.encode())
+        entry["bytes"] += len(document["text"].encode())
         if len(entry["examples"]) < 3:
-            entry["examples"].append(document.text[:160])
+            entry["examples"].append(document["text"][:160])
     bad, found = sum(n for label, n in spoiled.items() if label), sum(n for label, n in caught.items() if label)
     known = dict(recall=round(found / bad, 4), precision=round(found / max(1, sum(caught.values())), 4),
                  by_kind={k: f"{caught[k]} of {n}" for k, n in sorted(spoiled.items()) if k}) if bad else None
@@ -553,15 +539,16 @@ def read_side(run, side):
         yield from map(json.loads, f)
 
 
-def encode_side(run, side, tokenizer, dtype):
-    """Text → ids in SIDE.bin.tmp, piece by piece, on all cores; returns their number and checksum."""
+def encode_side(run, side, tokenizer, dtype, size=0):
+    """Text of `size` bytes → ids in SIDE.bin.tmp, piece by piece, on all cores; returns their number and checksum."""
     def encode(texts):
         end = np.array([tokenizer.end_of_text])
         return np.concatenate([part for text in texts for part in (tokenizer.array(text), end)]).astype(dtype)
 
     n = checksum = 0
+    texts = (text for text, _ in show_progress(((text, "") for text in read_side(run, side)), size))
     with open(run.path(side + ".bin.tmp"), "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for ids in ahead(pool, encode, batches_of(read_side(run, side), 2**18)):
+        for ids in ahead(pool, encode, batches_of(texts, 2**18)):
             ids.tofile(f)
             n, checksum = n + len(ids), zlib.crc32(ids, checksum)
     return n, checksum
@@ -673,6 +660,7 @@ def load_tokens(out_dir, split):
             raise ValueError(f"{len(tokens)} tokens instead of {data[split]['tokens']}")
         if zlib.crc32(tokens) != data[split]["checksum"]:
             raise ValueError("its checksum is another one")
+        data["tokenizer"], data["byte_entropy"], data["val"]["bytes"], data["val"]["characters"]  # which stages read
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} does not fit {out_dir}/data.json ({error}): run python prepare.py again")
     return tokens, data
@@ -701,16 +689,25 @@ def prompt_ids(tokenizer, prompt):
     return render(tokenizer, as_user(prompt), reply=True)[0]
 
 
-def read_jsonl(path, command="python prepare.py"):
-    """The records of a file of one JSON object a line."""
+def read_jsonl(path, command="python prepare.py", check=dict.keys):
+    """The records of a file of one JSON object a line; `check` fails on one that lacks something."""
     records = []
-    with open(need(path, command), encoding="utf-8") as f:
+    with open(need(path, command), "rb") as f:
         for number, line in enumerate(f, 1):
             try:
                 records.append(json.loads(line))
-            except ValueError as error:
-                raise SystemExit(f"{path}, line {number}: not JSON ({error}): mend it, or run {command} again")
+                check(records[-1])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise SystemExit(f"{path}, line {number}: not JSON as it should be ({type(error).__name__}: {error}): "
+                                 f"mend or remove the line, or run {command} again")
     return records
+
+
+def check_prompt(record):
+    """Fails where a line of prompts.jsonl or eval.jsonl has no id, no usable prompt, or half a rubric."""
+    record["id"], as_prompt(record)
+    if "rubric" in record:
+        record["kind"], [record["rubric"][name] for name in RUBRIC]
 
 
 def to_jsonl(records):
@@ -719,6 +716,9 @@ def to_jsonl(records):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rubric and the scorecard: how every stage is measured
+
+RUBRIC = ("mentions", "truths", "wrong", "unsafe", "min_words", "max_words", "rude", "decline", "kind")
+
 
 def says(text, term):
     """Whether the text holds the term, or one of several separated by |, as whole words."""
@@ -774,7 +774,7 @@ def fitting(records, tokenizer, run, block_size):
 
 def read_prompts(run, tokenizer, block_size, use):
     """The prompts for one use, compare or ppo (or all, if none is marked for it), that leave room for a response."""
-    records = read_jsonl(run.path("prompts.jsonl"))
+    records = read_jsonl(run.path("prompts.jsonl"), check=check_prompt)
     records = [r for r in records if r.get("use") == use] or records
     fit = fitting(records, tokenizer, run, block_size)
     if not fit:
@@ -825,7 +825,7 @@ def measure(tokenizer, records, responses):
 def held_out_prompts(out_dir):
     """The prompts of eval.jsonl that have a rubric."""
     path = os.path.join(out_dir, "eval.jsonl")
-    return [r for r in read_jsonl(path) if "rubric" in r] if os.path.exists(path) else []
+    return [r for r in read_jsonl(path, check=check_prompt) if "rubric" in r] if os.path.exists(path) else []
 
 
 def scorecard(run, stage, model, tokenizer, **more):
@@ -845,8 +845,11 @@ def read_scorecard(out_dir):
     path = os.path.join(out_dir, "scorecard.json")
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return {stage: dict(figures) for stage, figures in json.load(f).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path} cannot be read ({error}): mend or remove it; the stages' models are whole")
 
 
 def update_scorecard(out_dir, stage, figures):
@@ -896,7 +899,16 @@ def kind_of(path):
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def find_files(sources, folder):
+def size_of(path):
+    """Bytes of a file, of a .gz those that its last four bytes promise."""
+    if not path.lower().endswith(".gz"):
+        return os.path.getsize(path)
+    with open(path, "rb") as f:
+        f.seek(-4, os.SEEK_END)
+        return int.from_bytes(f.read(), "little")
+
+
+def find_files(sources, folder, kinds=(".txt", ".md", ".json", ".jsonl", ".html", ".htm")):
     """The files that a list of sources means: files, folders, globs and URLs, separated by commas."""
     paths = []
     for source in filter(None, map(str.strip, sources.split(","))):
@@ -904,7 +916,7 @@ def find_files(sources, folder):
             found = [download(source, folder)]
         elif os.path.isdir(source):
             found = [p for p in sorted(glob.glob(os.path.join(glob.escape(source), "**"), recursive=True))
-                     if kind_of(p) in (".txt", ".md", ".json", ".jsonl", ".html", ".htm")]
+                     if kind_of(p) in kinds]
         else:
             found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
         if not found:
@@ -922,10 +934,11 @@ def download(url, folder):
     path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:6]}-{name}")
     part = path + ".part"
     if os.path.exists(path):
-        return path
+        return check_digest(path, url, digest)
     done = os.path.getsize(part) if os.path.exists(part) else 0
+    address = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # letters that are not ASCII
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
         with urllib.request.urlopen(request, timeout=60) as response:
             done = done if response.status == 206 else 0  # else the server begins at the beginning
             total = done + int(response.headers.get("Content-Length") or 0)
@@ -938,16 +951,22 @@ def download(url, folder):
         if done < total:
             raise OSError(f"broke off after {done} of {total} bytes")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if getattr(error, "code", 0) == 416:  # nothing is left to send: the part may be whole, or of another file
-            os.remove(part)
-        raise SystemExit(f"{url}: {error}; run the same command again, it goes on where it stopped")
-    if digest:
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        if found != digest.lower():
-            os.remove(part)
-            raise SystemExit(f"{url}: its SHA-256 is {found}, not {digest}; the file was not kept")
-    os.replace(part, path)
+        nothing_left = getattr(error, "code", 0) == 416
+        if not (nothing_left and error.headers.get("Content-Range", "").endswith(f"/{done}")):  # else it is whole
+            if nothing_left:  # it is of another file
+                os.remove(part)
+            raise SystemExit(f"{url}: {error}; run the same command again, it goes on where it stopped")
+    os.replace(check_digest(part, url, digest), path)
+    return path
+
+
+def check_digest(path, url, digest):
+    """The path, if no SHA-256 is asked for or the file has it; else the file goes."""
+    with open(path, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest and found != digest.lower():
+        os.remove(path)
+        raise SystemExit(f"{url}: its SHA-256 is {found}, not {digest}; the file was not kept")
     return path
 
 
@@ -955,26 +974,35 @@ def read_lines(path, problems):
     """The lines of a text file, plain or .gz, one at a time, in UTF-8 or, if so marked, UTF-16. A line that is neither
     is read as what the file declares, or as Latin-1, with a note."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
             head = f.peek(2048)[:2048]
             if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 yield from io.TextIOWrapper(f, "utf-16", errors="replace")
                 return
-            declared = re.search(rb"(?:charset|encoding)=[\"']?([\w.-]+)", head)
-            other, noted = declared[1].decode() if declared else "latin-1", False
+            declared, noted = re.search(rb"(?:charset|encoding)\s*[:=]\s*[\"']?([\w.-]+)", head), False
             for number, line in enumerate(f):
                 try:
                     yield line.decode("utf-8-sig" if number == 0 else "utf-8")
                 except UnicodeDecodeError:
+                    text, encoding = decode(line, declared[1].decode() if declared else "latin-1")
                     if not noted:
-                        problems.note(f"{path}, line {number + 1}", f"not UTF-8, read as {other}", bad=False)
+                        problems.note(f"{path}, line {number + 1}", f"not UTF-8, read as {encoding}", bad=False)
                         noted = True
-                    try:
-                        yield line.decode(other)
-                    except (UnicodeError, LookupError):
-                        yield line.decode("latin-1")
+                    yield text
     except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path} cannot be read: {error}")
+
+
+def decode(line, encoding):
+    """(text, the encoding used) of bytes that are not UTF-8. What calls itself Latin-1 is mostly Windows-1252, which
+    has quotes and dashes in the place of 27 control characters."""
+    with contextlib.suppress(UnicodeError, LookupError):
+        if codecs.lookup(encoding).name not in ("iso8859-1", "ascii"):
+            return line.decode(encoding), encoding
+    try:
+        return line.decode("cp1252"), "latin-1"
+    except UnicodeError:
+        return line.decode("latin-1"), "latin-1"
 
 
 def read_records(path, problems):
@@ -1026,18 +1054,19 @@ class HTMLText(html.parser.HTMLParser):
         self.text += "" if self.silent else re.sub(r"\s+", " ", data)
 
 
-def cut_documents(lines, separator, longest=2**24):
+def cut_documents(lines, separator, longest=2**21):
     """Lines → documents, which end at a separator, or, where that is empty, at blank lines; and in any case after so
     many characters, so that a book of any length fits into memory."""
     part, size = [], 0
     for line in lines:
         pieces = line.split(separator) if separator else [line] if line.strip() else ["", ""]
         for i, piece in enumerate(pieces):
-            if i or size > longest:
-                yield "".join(part)
-                part, size = [], 0
-            part.append(piece)
-            size += len(piece)
+            for start in range(0, max(1, len(piece)), longest):  # even a single line may be longer
+                if i or start or size > longest:
+                    yield "".join(part)
+                    part, size = [], 0
+                part.append(piece[start:start + longest])
+                size += len(part[-1])
     yield "".join(part)
 
 
@@ -1050,10 +1079,14 @@ def read_documents(paths, config, problems):
                     yield record[config.text_field], ""
                 else:
                     problems.note(where, f'no text in "{config.text_field}"')
-        elif kind_of(path) in (".html", ".htm"):
-            yield HTMLText("".join(read_lines(path, problems))).text, ""
+            continue
+        lines = read_lines(path, problems)
+        first = next(lines, "")
+        lines = itertools.chain([first], lines)
+        if re.match(r"\s*<(!doctype )?html", first, re.I) or kind_of(path) in (".html", ".htm"):
+            yield HTMLText("".join(lines)).text, ""
         else:
-            for text in cut_documents(read_lines(path, problems), config.separator):
+            for text in cut_documents(lines, config.separator):
                 if text.strip():
                     yield text, ""
 
@@ -1073,7 +1106,9 @@ def show_progress(documents, total):
 
 def as_user(prompt):
     """A prompt, which is text or a list of messages, as messages."""
-    return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        return [dict(role="user", content=prompt)]
+    return [dict(role=message["role"], content=message["content"]) for message in prompt]
 
 
 def as_text(prompt):
@@ -1084,8 +1119,8 @@ def as_text(prompt):
 def as_messages(record, fields):
     """A demonstration as messages: {"messages"}, Alpaca's {"instruction", "input", "output"}, or the two fields."""
     if "messages" in record:
-        messages = [dict(role=m["role"], content=m["content"]) for m in record["messages"]]
-    elif "instruction" in record:
+        messages = as_user(record["messages"])
+    elif "instruction" in record and "output" in record:
         messages = [dict(role="user", content="\n\n".join(filter(None, [record["instruction"], record.get("input")]))),
                     dict(role="assistant", content=record["output"])]
     else:
@@ -1098,9 +1133,12 @@ def as_messages(record, fields):
     return messages
 
 
-def as_prompt(prompt):
-    """A prompt, which is text or a list of messages, as messages that have been checked."""
-    return as_messages(dict(prompt=prompt, response="-"), "prompt,response")[:-1]
+def as_prompt(record, ask="prompt"):
+    """What a record asks, in the field `ask`, in "prompt", or as Alpaca does, as messages that have been checked."""
+    for name in (ask, "prompt"):
+        if name in record:
+            return as_messages(dict(prompt=record[name], response="-"), "prompt,response")[:-1]
+    return as_messages(dict(instruction=record["instruction"], input=record.get("input"), output="-"), "")[:-1]
 
 
 def as_turns(transcript):
@@ -1110,29 +1148,33 @@ def as_turns(transcript):
             for who, said in zip(turns[::2], turns[1::2])]
 
 
-def as_comparison(record):
+def as_comparison(record, ask="prompt"):
     """(prompt as messages, responses, ranking as groups of indices from the best to the worst) of {"responses"} with
-    {"ranking"} or {"scores"}, of {"chosen", "rejected"} with a {"prompt"}, or of two transcripts that share it."""
+    {"ranking"} or {"scores"}, of {"chosen", "rejected"} with a {"prompt"} (an "instruction", or the field `ask`), or of
+    two transcripts that share it."""
     if "responses" in record:
         responses = [r if isinstance(r, str) else r["text"] for r in record["responses"]]
         if "scores" in record:
-            best_first = sorted(set(record["scores"]), reverse=True)
-            ranking = [[i for i, s in enumerate(record["scores"]) if s == score] for score in best_first]
+            scores = [float(score) for score in record["scores"]]
+            best_first = sorted(set(scores), reverse=True)
+            ranking = [[i for i, s in enumerate(scores) if s == score] for score in best_first]
         else:
             ranking = record["ranking"]
-        prompt = record["prompt"]
+        prompt = as_prompt(record, ask)
     else:
         sides, ranking = [record["chosen"], record["rejected"]], [[0], [1]]
-        if isinstance(sides[0], str) and not {"prompt", "instruction"} & record.keys():
-            sides = [as_turns(side) for side in sides]
-        if isinstance(sides[0], str):
-            prompt = as_messages(dict(record, output="-", response="-"), "prompt,response")[:-1]
-            responses = sides
+        apart = bool({ask, "prompt", "instruction"} & record.keys())  # the prompt stands by itself
+        if isinstance(sides[0], str) and apart:
+            prompt, responses = as_prompt(record, ask), sides
         else:
-            (prompt, other), responses = (side[:-1] for side in sides), [side[-1]["content"] for side in sides]
+            sides = [as_turns(side) if isinstance(side, str) else as_user(side) for side in sides]
+            prompt, other = (side[:-1] or (as_prompt(record, ask) if apart else []) for side in sides)
+            responses = [side[-1]["content"] for side in sides]
+            if any(side[-1]["role"] != "assistant" for side in sides):
+                raise ValueError("it does not end with the assistant's turn")
             if prompt != other:
                 raise ValueError("two different prompts")
-    prompt = as_prompt(prompt)
+            prompt = as_prompt(dict(prompt=prompt))
     if not all(r.strip() for r in responses):
         raise ValueError("an empty reply")
     if len(set(responses)) < len(responses):
@@ -1144,7 +1186,7 @@ def as_comparison(record):
 
 def read_as(convert, sources, run, problems):
     """The usable records of some files, converted; the others are noted by what is wrong."""
-    for path in find_files(sources, run.path("downloads")):
+    for path in find_files(sources, run.path("downloads"), (".json", ".jsonl")):
         for where, record in read_records(path, problems):
             try:
                 yield convert(record)
@@ -1166,10 +1208,11 @@ def own_records(config, run, problems):
     prompt is held out or for ppo.py go, so that PPO has prompts that the reward model has not seen."""
     conversations = read_as(lambda record: as_messages(record, config.fields), config.demonstrations, run, problems)
     demonstrations = [dict(messages=messages) for messages in conversations]
-    compared = list(read_as(as_comparison, config.comparisons, run, problems))
-    given = list(read_as(lambda record: as_prompt(record["prompt"]), config.prompts, run, problems))
+    ask = config.fields.split(",")[0].strip()
+    compared = list(read_as(lambda record: as_comparison(record, ask), config.comparisons, run, problems))
+    given = list(read_as(lambda record: as_prompt(record, ask), config.prompts, run, problems))
     random.Random(config.seed).shuffle(demonstrations)  # sft.py holds out the first
-    used = {prompt_key(r["messages"][:-1]) for r in demonstrations}
+    used = {prompt_key(r["messages"][:i]) for r in demonstrations for i in range(1, len(r["messages"]))}
     prompts = {prompt_key(p): p for p in (given or [prompt for prompt, _, _ in compared])}
     prompts = [dict(id=key, prompt=p[0]["content"] if [m["role"] for m in p] == ["user"] else p)
                for key, p in prompts.items() if key not in used]
@@ -1198,19 +1241,22 @@ def main():
         if config.text:
             demonstrations, prompts, held_out, comparisons = own_records(config, run, problems)
             paths = find_files(config.text, run.path("downloads"))
-            total = 0 if any(path.endswith(".gz") for path in paths) else sum(map(os.path.getsize, paths))
-            documents = show_progress(read_documents(paths, config, problems), total)
+            documents = show_progress(read_documents(paths, config, problems), sum(map(size_of, paths)))
         else:
-            world = read_world(config.world)
-            creatures = make_creatures(world, config.creatures, rng)
-            demonstrations, prompts, held_out = world_prompts(world, creatures, config, rng)
+            with blaming(config.world):
+                world = read_world(config.world)
+                creatures = make_creatures(world, config.creatures, rng)
+                demonstrations, prompts, held_out = world_prompts(world, creatures, config, rng)
             reserved = {record["prompt"] for record in prompts + held_out}
-            documents = world_documents(world, creatures, config.megabytes * 1e6, reserved, rng)
+            documents = world_documents(world, creatures, config, reserved, rng)
 
-        with ProcessPoolExecutor(os.cpu_count(), initializer=begin_worker) as pool:
-            inspected = ahead(pool, functools.partial(inspect, config=config),
-                              batches_of(documents, 2**18, lambda document: len(document[0])))
-            written, histogram = write_sides(clean(inspected, config, report), run, config)
+        try:
+            with ProcessPoolExecutor(os.cpu_count(), initializer=begin_worker) as pool:
+                inspected = ahead(pool, functools.partial(inspect, config=config),
+                                  batches_of(documents, 2**18, lambda document: len(document[0])))
+                written, histogram = write_sides(clean(inspected, config, report), run, config)
+        except BrokenProcessPool:
+            raise SystemExit("a process of the cleaning has died, perhaps for want of memory: run prepare.py again")
         problems.report()
         print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired "
               f"characters or blanks in {report['documents_repaired']:,}")
@@ -1221,18 +1267,22 @@ def main():
             print(f"the world spoiled some pages on purpose: recall {known['recall']:.1%}, precision "
                   f"{known['precision']:.1%} (" + ", ".join(f"{k} {v}" for k, v in known["by_kind"].items()) + ")")
         if not written["train"]["characters"] or not written["val"]["characters"]:
+            removed, rule = max((rule["removed"], name) for name, rule in report["rules"].items())
             raise SystemExit(f"{report['documents_kept']} documents are left after cleaning, too few to hold some out: "
-                             "give more text, or split it into documents with lines of <|endoftext|>")
+                             "give more text, or split it into documents with lines of <|endoftext|>"
+                             + f"; of {rule!r} {removed} went: --cleaning=false keeps all" * (removed > 0))
 
         share = config.bpe_megabytes * 1e6 / written["train"]["bytes"]
-        tokens = train_bpe((t for t in read_side(run, "train") if share >= 1 or rng.random() < share),
-                           config.vocab_size - len(SPECIAL))
+        pieces = read_side(run, "train")
+        if share < 1:  # a document may be a whole book
+            pieces = (text[i:i + 4096] for text in pieces for i in range(0, len(text), 4096) if rng.random() < share)
+        tokens = train_bpe(pieces, config.vocab_size - len(SPECIAL))
         tokenizer = Tokenizer(tokens)
         print(f"tokenizer: {tokenizer.size:,} tokens, the longest "
               + " ".join(repr(t.decode("utf-8", "replace")) for t in sorted(tokens, key=len)[-5:]))
         dtype = np.uint16 if tokenizer.size <= 65536 else np.uint32
         for side, counts in written.items():
-            n, counts["checksum"] = encode_side(run, side, tokenizer, dtype)
+            n, counts["checksum"] = encode_side(run, side, tokenizer, dtype, counts["bytes"])
             counts["tokens"] = n
             os.remove(run.path(side + ".txt.tmp"))
             print(f"{side}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {n:,} tokens, "

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 from model import (LanguageModel, Optimizers, Run, ScalarModel, TrainConfig, epoch_batches,
                    learning_rate_factor, load_checkpoint, load_config, need, option, pad, restore, write_file)
-from prepare import (as_text, as_user, beside, judge, load_tokenizer, prompt_ids, read_jsonl, read_prompts, respond,
-                     rubric_score, to_jsonl, update_scorecard)
+from prepare import (as_text, as_user, beside, check_prompt, judge, load_tokenizer, prompt_ids, read_jsonl,
+                     read_prompts, respond, rubric_score, to_jsonl, update_scorecard)
 
 CRITERIA = ("helpfulness", "accuracy", "safety")
 
@@ -142,7 +142,7 @@ def with_repeats(samples):
 
 def human_annotator(samples, path, name):
     """Show each prompt with its responses in random order and take down the ranking; every line is saved at once."""
-    done = {(r["id"], r["annotator"]) for r in (read_jsonl(path) if os.path.exists(path) else [])}
+    done = {(r["id"], r["annotator"]) for r in (read_jsonl(path, "python reward.py") if os.path.exists(path) else [])}
     todo = with_repeats([s for s in samples if (s["id"], name) not in done and len(s["responses"]) > 1])
     print(f"\n{name}: {len(todo)} prompts to rank. Order the responses from best to worst by helpfulness, accuracy\n"
           "and safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, f flags a prompt that\n"
@@ -166,12 +166,10 @@ def human_annotator(samples, path, name):
             break
         if answer == "f":
             flagged = not flagged
-            continue
-        if answer == "u":
-            if saved:
-                with open(path, "r+", encoding="utf-8") as f:
-                    f.truncate(saved.pop())
-                i -= 1
+        if answer == "u" and saved:
+            os.truncate(path, saved.pop())
+            i -= 1
+        if answer in ("f", "u"):
             continue
         try:
             groups = [] if answer == "s" else parse_ranking(answer, len(order))
@@ -180,11 +178,9 @@ def human_annotator(samples, path, name):
             continue
         line = make_ranking(sample, [[order[shown] for shown in group] for group in groups], name, order,
                             time.time() - started, skipped=answer == "s", flagged=flagged, repeat=repeat)
-        with open(path, "a", encoding="utf-8", newline="\n") as f:
-            f.seek(0, os.SEEK_END)
+        with open(path, "ab", buffering=0) as f:
             saved.append(f.tell())
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            f.flush()
+            f.write(to_jsonl([line]).encode())
             os.fsync(f.fileno())
         i, flagged = i + 1, False
     signal.signal(signal.SIGINT, graceful)
@@ -220,7 +216,7 @@ def rank_responses(run, config):
 
 
 def read_rubrics(run):
-    return {r["id"]: r for r in read_jsonl(run.path("prompts.jsonl")) if "rubric" in r}
+    return {r["id"]: r for r in read_jsonl(run.path("prompts.jsonl"), check=check_prompt) if "rubric" in r}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 from model import (KVCache, LanguageModel, Run, RunConfig, generate, load_checkpoint, load_config, load_reward_model,
                    need, option, pad, restore, write_file)
-from prepare import (as_text, fitting, held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl,
+from prepare import (as_text, check_prompt, fitting, held_out_prompts, load_tokenizer, measure, prompt_ids, read_jsonl,
                      read_scorecard, render, respond, rubric_score, scorecard_table, update_scorecard)
 
 STAGES = dict(pretrain="pretrain.py", sft="sft.py", ppo="ppo.py")
@@ -40,7 +40,7 @@ class SampleConfig(RunConfig):
     best_of: int = option(0, "the response that the reward model likes best of so many; 0: the first", low=0)
     reward: str = option("", "the variant of the reward model to use, reward-NAME.pt")
     overoptimize: str = option("", "variants of reward.py and ppo.py whose over-optimisation to measure and draw")
-    n_overoptimize: int = option(128, "responses per prompt for its best-of-n", low=2)
+    n_overoptimize: int = option(128, "responses per prompt for its best-of-n", low=4)
     temperature: float = option(1.0, "0: always the likeliest token", low=0)
     top_k: int = option(0, "a chat or --prompt draws from the k likeliest tokens only; 0: from all", low=0)
     top_p: float = option(1.0, "likewise: from the likeliest that together reach this probability", low=0.001, high=1)
@@ -50,6 +50,8 @@ def load_model(run, tokenizer, stage):
     """The language model of a stage (or of a file), ready to generate."""
     path = stage if stage.endswith(".pt") else run.path(stage + ".pt")
     checkpoint = load_checkpoint(path, f"python {STAGES.get(stage, 'ppo.py')}", tokenizer.hash)
+    if "lm_head.weight" not in checkpoint["model"]:
+        raise SystemExit(f"{path} is no language model: choose one of {', '.join(STAGES)}, or a file of theirs")
     return restore(LanguageModel, checkpoint, run.device).eval()
 
 
@@ -151,7 +153,7 @@ def compare(run, tokenizer):
     block_size = min(m.model.config.block_size for m in models.values())
     records, kinds = [], {}
     # As many of each kind as there is room for, in turn.
-    for record in fitting(read_jsonl(run.path("eval.jsonl")), tokenizer, run, block_size):
+    for record in fitting(read_jsonl(run.path("eval.jsonl"), check=check_prompt), tokenizer, run, block_size):
         kinds.setdefault(record.get("kind"), []).append(record)
     while len(records) < run.config.n_compare and any(kinds.values()):
         records += [some.pop(0) for some in kinds.values() if some]
@@ -160,8 +162,9 @@ def compare(run, tokenizer):
     reward_model = load_reward_model(run, tokenizer, run.config.reward) if has_reward else None
     answers = {stage: respond(model, tokenizer, records, run, 9, run.config.temperature)
                for stage, model in models.items()}
-    if n and reward_model:
-        sft, held_out = models["sft"], held_out_prompts(run.config.out_dir)
+    if n:
+        need(run.path("reward.pt"), "python reward.py") if not reward_model else None
+        sft, held_out = load_model(run, tokenizer, "sft"), held_out_prompts(run.config.out_dir)
         answers[f"best-of-{n}"] = best_of(sft, reward_model, tokenizer, records, run, n, 9)
         figures = measure(tokenizer, held_out, best_of(sft, reward_model, tokenizer, held_out, run, n, 1))
         update_scorecard(run.config.out_dir, f"best-of-{n}", dict(figures, kl=round(best_of_n_kl(n), 3)))
@@ -249,7 +252,7 @@ def overoptimization(run, tokenizer, variants):
 def read_log(path):
     """stage → records of its last run, by log.jsonl; resumed runs go on with the records before."""
     log = {}
-    for record in read_jsonl(path) if os.path.exists(path) else []:
+    for record in read_jsonl(path, "the stages") if os.path.exists(path) else []:
         if "config" in record and not record["config"].get("resume"):
             log[record["stage"]] = []
         elif record.get("step") is not None:

@@ -17,7 +17,7 @@ import torch
 
 from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, epoch_batches, learning_rate_factor,
                    load_checkpoint, load_config, option, pad, restore)
-from prepare import load_tokenizer, read_jsonl, render, scorecard
+from prepare import as_messages, load_tokenizer, read_jsonl, render, scorecard
 
 
 @dataclass
@@ -56,10 +56,11 @@ def main():
         tokenizer = load_tokenizer(config.out_dir)
         parent = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py", tokenizer.hash)
         block_size = parent["model_config"].block_size
-        made = [make_example(tokenizer, record["messages"]) for record in read_jsonl(run.path("sft.jsonl"))]
+        records = read_jsonl(run.path("sft.jsonl"), check=lambda r: as_messages(dict(messages=r["messages"]), ""))
+        made = [make_example(tokenizer, record["messages"]) for record in records]
         if len(made) < 2:
             raise SystemExit(f"{run.path('sft.jsonl')} holds {len(made)} conversations, too few to learn from: run "
-                             "python prepare.py with --demonstrations=…")
+                             "python prepare.py with --text=… --demonstrations=…")
         examples = [e for e in made if len(e[0]) <= block_size]
         if len(examples) < max(2, len(made) / 2):
             raise SystemExit(f"{len(made) - len(examples)} of {len(made)} conversations are longer than the context of "

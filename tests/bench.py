@@ -401,7 +401,8 @@ def pages():
     """(text, label) of one world's pages after another's, 2 MB of each, without end."""
     for seed in itertools.count(1):
         rng, world = random.Random(seed), prepare.read_world("configs/world.toml")
-        yield from prepare.world_documents(world, prepare.make_creatures(world, 16, rng), 2e6, set(), rng)
+        yield from prepare.world_documents(world, prepare.make_creatures(world, 16, rng),
+                                           prepare.PrepareConfig(megabytes=2.0), set(), rng)
 
 
 def tokenizer(args):

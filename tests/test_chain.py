@@ -165,6 +165,14 @@ def test_chat_until_the_end_of_file(folder, tmp_path, typed, replies):
     assert ("say it shorter" in done.stdout) == (len(typed) > 1000)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no bash")
+def test_input_that_is_no_text(folder, tmp_path):
+    """Bytes that are no UTF-8, as of a line that the terminal has cut off, are answered like anything else."""
+    out_dir = copy(folder, tmp_path / "out", [*PREPARED, *CHECKPOINTS, "log.jsonl", "scorecard.json"])
+    done = finish(["bash", "-c", "printf '\\xe4 Milo\\n' | \"$@\"", "bash", *command("sample", out_dir)])
+    assert done.returncode == 0 and not done.stderr and done.stdout.count("model> ") == 1, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints_are_plain_dicts(folder, name):
     """A checkpoint loads without unpickling code, says what it is, and was made with this folder's tokenizer."""
@@ -364,12 +372,47 @@ def test_missing_input_names_its_command(folder, tmp_path, script, present, opti
     ("pretrain", "--n_head=3", ("n_head=3", "n_embd")),
     ("ppo", "--batch_size=0", ("--batch_size", "at least 1")),
     ("prepare", "--fields=question", ("--fields=question", "prompt,response")),
+    ("prepare", "--demonstrations=pairs.jsonl", ("--demonstrations", "--text")),
+    ("prepare", "--separator=a\nb", ("--separator", "blank lines")),
     ("reward", "--config=nowhere.toml", ("nowhere.toml",))])
 def test_wrong_options(tmp_path, script, option, words):
     """A wrong option is named with what would be right, and nothing is written."""
     message = fail(script, tmp_path / "out", option)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("old, new, word", [
+    ("[judge]", "[jugde]", "judge"), ("{who}", "{woh}", "woh"), ("[web]", "[wep]", "web"),
+    ("names   = [", "names = 3 # [", ""), ("names   = [", 'names = ["A"]\nothers = [', "")])
+def test_world_that_lacks_something(tmp_path, old, new, word):
+    """A student's edit of the world file that breaks it is one line that names the file."""
+    with open(ROOT / "configs/world.toml", encoding="utf-8") as f:
+        world = f.read()
+    assert old in world
+    (tmp_path / "w.toml").write_text(world.replace(old, new), encoding="utf-8")
+    message = fail("prepare", tmp_path / "out", *OPTIONS["prepare"], f"--world={tmp_path / 'w.toml'}")
+    assert "w.toml" in message and word in message
+
+
+def test_text_that_the_rules_do_not_fit(tmp_path):
+    """Text of another language than English loses nearly all: the message names the rule and the way out."""
+    lines = "\n\n".join(f"Der Fuchs Nummer {i} wohnt im alten Turm am Fluss neben der Burg." for i in range(40))
+    (tmp_path / "de.txt").write_text(lines)
+    options = ["--separator=", f"--text={tmp_path}/de.txt", "--vocab_size=300", "--near_duplicate=1", "--val_share=0.3"]
+    message = fail("prepare", tmp_path / "out", *options)
+    assert "not language" in message and "--cleaning=false" in message
+    succeed("prepare", tmp_path / "out", *options, "--cleaning=false")
+
+
+@pytest.mark.parametrize("present, options, words", [
+    ((*PREPARED, *CHECKPOINTS), ("--checkpoint=reward", "--prompt=Why?"), ("reward.pt", "no language model", "sft")),
+    ((*PREPARED, "sft.pt"), ("--compare", "--best_of=2"), ("reward.pt", "python reward.py")),
+    ((*PREPARED, "pretrain.pt", "reward.pt"), ("--compare", "--best_of=2"), ("sft.pt", "python sft.py"))])
+def test_models_that_do_not_fit(folder, tmp_path, present, options, words):
+    """sample.py names the model that is missing, or is none of language."""
+    message = fail("sample", copy(folder, tmp_path / "out", present), *options)
+    assert all(word in message for word in words), message
 
 
 def test_run_folder_that_is_none(tmp_path):

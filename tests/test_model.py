@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import model as model_module
 from helpers import float64
 from model import (IGNORE, THREADS, HeadLoss, KVCache, LanguageModel, ModelConfig, Muon, Normalise, Optimizers, RMSNorm,
-                   Run, RunConfig, ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate, keep,
+                   Run, RunConfig, ScalarModel, TrainConfig, attention, choose_dtype, draw, epoch_batches, generate,
                    learning_rate_factor, load_checkpoint, load_config, newton_schulz, next_token_probabilities, option,
                    pad)
 
@@ -725,6 +725,9 @@ def test_config_mistakes_on_the_command_line(argv, words):
     ("[model]\nn_layer = true", ["n_layer", "int"]),
     ("[sft]\nshare = -1", ["share", "between 0 and 1"]),
     ("[sft\nrate = 3", ["cannot read"]),
+    ("[sft]\nrate = 1" + 400 * "0", ["rate", "float"]),
+    ("seed = 1" + 5000 * "0", ["cannot read"]),
+    ("seed = " + 5000 * "[", ["cannot read"]),
     ("sft = 3", ["sft"]),
     ("[[sft]]\nrate = 3", ["sft"]),
 ])
@@ -803,13 +806,13 @@ def test_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     one_line(lambda: load_checkpoint(run.path("a.pt"), "python sft.py", "xyz"), "a.pt", "tokenizer")
 
 
-def test_keep_never_overwrites(tmp_path):
-    """keep() takes the next free number, so that every earlier file stays."""
-    path = tmp_path / "a.pt"
+def test_earlier_files_are_never_overwritten(tmp_path):
+    """An earlier file takes the next free number, so that all of them stay."""
+    run, path = a_run(tmp_path), tmp_path / "a.pt"
     for i in range(4):
         path.write_text(str(i))
-        kept = keep(str(path))
-        assert kept == str(tmp_path / f"a.{i + 1}.pt") and not path.exists()
+        run.keep_earlier("a.pt", "none.pt")
+        assert not path.exists()
     assert [(tmp_path / f"a.{i + 1}.pt").read_text() for i in range(4)] == ["0", "1", "2", "3"]
 
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import os
 import threading
 
 import numpy as np
@@ -28,7 +29,10 @@ def documents(*paths, **changes):
     ("Größe\nzwei\n".encode(), "Größe\nzwei\n", ""), (b"\xef\xbb\xbfeins\n", "eins\n", ""),
     ("Größe\n".encode("latin-1"), "Größe\n", "latin-1"), ("Größe\n".encode("utf-16"), "Größe\n", ""),
     (b'<meta charset="cp1251">\n' + "мир\n".encode("cp1251"), '<meta charset="cp1251">\nмир\n', "cp1251"),
-    (b'<meta charset="klingon">\n\xe4\n', '<meta charset="klingon">\nä\n', "klingon"),
+    (b'<meta charset="klingon">\n\xe4\n', '<meta charset="klingon">\nä\n', "latin-1"),
+    (b'<meta charset="utf-8">\n\xe4\x81\n', '<meta charset="utf-8">\nä\x81\n', "latin-1"),
+    ("“it’s” – €".encode("cp1252"), "“it’s” – €", "latin-1"),
+    (b"encoding: KOI8-R\n" + "мир".encode("koi8-r"), "encoding: KOI8-R\nмир", "KOI8-R"),
     (b"a\r\nb\x00c\r\n", "a\r\nb\x00c\r\n", ""), (b"", "", "")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_encodings(tmp_path, data, text, note, packed):
@@ -55,9 +59,10 @@ def test_documents_of_a_text_file(separator, expected):
     assert [d for d in cut_documents(lines, separator) if d.strip()] == expected
 
 
-def test_book_of_any_length():
-    """Text without a separator is cut all the same, so that memory stays bounded; no character is lost."""
-    lines = ["0123456789\n"] * 1000
+@pytest.mark.parametrize("lines", [["0123456789\n"] * 1000, ["0123456789" * 1000 + "\n", "end"]])
+def test_book_of_any_length(lines):
+    """Text without a separator, or even without lines, is cut all the same, so that memory stays bounded; no character
+    is lost."""
     parts = list(cut_documents(lines, "<|endoftext|>", longest=500))
     assert "".join(parts) == "".join(lines) and max(map(len, parts)) < 520 and len(parts) > 15
 
@@ -105,6 +110,16 @@ def test_html_becomes_text(tmp_path):
     assert prepare.repair(documents(tmp_path / "b.html")[0][0]) == "No head énds."  # and the encoding is none
 
 
+def test_html_without_a_suffix(tmp_path):
+    """A page that was saved under a name without a suffix, as by a download, is HTML all the same; a text is text."""
+    (tmp_path / "Fox").write_text("<!DOCTYPE html>\n<p>The <b>fox</b>.")
+    (tmp_path / "hen.txt").write_text("The <b> key.\n<html> is how pages begin.")
+    (tmp_path / "OWL.TXT.GZ").write_bytes(gzip.compress(b"The owl."))
+    assert [d.strip() for d in documents(*(tmp_path / n for n in ("Fox", "hen.txt", "OWL.TXT.GZ")))[0]] == [
+        "The fox.", "The <b> key.\n<html> is how pages begin.", "The owl."]
+    assert prepare.size_of(str(tmp_path / "OWL.TXT.GZ")) == 8
+
+
 def test_folders_globs_and_lists(tmp_path):
     """A folder means all files of a known kind in it; sources are separated by commas; no match is an error."""
     (tmp_path / "deep").mkdir()
@@ -113,6 +128,7 @@ def test_folders_globs_and_lists(tmp_path):
     names = lambda s: [p.replace(str(tmp_path), "") for p in find_files(s, "")]  # noqa: E731
     assert names(str(tmp_path)) == ["/a.md", "/b.txt", "/deep/c.jsonl.gz"]
     assert names(f"{tmp_path}/*.txt, {tmp_path}/a.md") == ["/b.txt", "/a.md"]
+    assert len(find_files(str(tmp_path), "", (".json", ".jsonl"))) == 1  # of records
     assert "nothing.txt" in one_line(find_files, f"{tmp_path}/a.md,nothing.txt", "")
 
 
@@ -129,6 +145,11 @@ def server(tmp_path):
         def do_GET(self):
             start = int(self.headers.get("Range", "bytes=0-")[6:-1])
             self.server.asked.append(start)
+            if start >= len(CONTENT):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             if self.path == "/missing":
                 return self.send_error(404)
             if self.path == "/stubborn":
@@ -178,7 +199,24 @@ def test_download_is_checked(server, tmp_path):
     assert "SHA-256" in one_line(find_files, f"{server.url}/a#sha256={'0' * 64}", str(tmp_path))
     assert not list(tmp_path.iterdir())
     digest = hashlib.sha256(CONTENT).hexdigest()
-    assert read(find_files(f"{server.url}/a#sha256={digest}", str(tmp_path))[0]) == CONTENT
+    path, = find_files(f"{server.url}/a#sha256={digest}", str(tmp_path))
+    assert read(path) == CONTENT
+    with open(path, "ab") as f:
+        f.write(b"more")
+    assert "SHA-256" in one_line(find_files, f"{server.url}/a#sha256={digest}", str(tmp_path))  # also of one that is there
+
+
+@pytest.mark.parametrize("extra", [b"", b"of another file"])
+def test_download_that_was_killed_at_its_end(server, tmp_path, extra):
+    """A part that is whole gets its name; one that is longer than the file is thrown away, and the next run mends it."""
+    path, = find_files(f"{server.url}/ä b.txt", str(tmp_path))                      # no letter is a reason to stop
+    with open(path + ".part", "wb") as f:
+        f.write(CONTENT + extra)
+    os.remove(path)
+    if extra:
+        assert "again" in one_line(find_files, f"{server.url}/ä b.txt", str(tmp_path))
+    assert read(find_files(f"{server.url}/ä b.txt", str(tmp_path))[0]) == CONTENT
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_missing_page_is_named(server, tmp_path):
@@ -199,6 +237,7 @@ USER, ASSISTANT = dict(role="user", content="Why?"), dict(role="assistant", cont
     ({"instruction": "Why?", "input": "", "output": "Because."}, "prompt,response", [USER, ASSISTANT]),
     ({"instruction": "Sum", "input": "1, 2", "output": "3"}, "prompt,response",
      [dict(role="user", content="Sum\n\n1, 2"), dict(role="assistant", content="3")]),
+    ({"instruction": "Why?", "context": "", "response": "Because."}, "instruction,response", [USER, ASSISTANT]),
     ({"messages": [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT]}, "prompt,response",
      [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT])])
 def test_demonstrations_of_all_forms(record, fields, expected):
@@ -243,10 +282,17 @@ HH_PROMPT = [USER, dict(role="assistant", content="So."), dict(role="user", cont
      ([USER], ["Because.", "No."], [[0], [1]])),
     ({"prompt": "Why?", "responses": ["a", "b", "c"], "scores": [2, 5, 2]}, ([USER], ["a", "b", "c"], [[1], [0, 2]])),
     ({"prompt": [USER], "responses": [{"text": "a"}, {"text": "b"}], "ranking": [[1], [0]]},
-     ([USER], ["a", "b"], [[1], [0]]))])
+     ([USER], ["a", "b"], [[1], [0]])),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [dict(content="No.", role="assistant", id=7)]},
+     ([USER], ["Because.", "No."], [[0], [1]])),
+    ({"prompt": "Why?", "chosen": [USER, ASSISTANT], "rejected": [USER, dict(role="assistant", content="No.")],
+      "messages": [USER, ASSISTANT]}, ([USER], ["Because.", "No."], [[0], [1]])),
+    ({"instruction": "Why?", "responses": ["a", "b"], "scores": ["9", "10"]}, ([USER], ["a", "b"], [[1], [0]]))])
 def test_comparisons_of_all_forms(record, expected):
     """Chosen and rejected, with a prompt or as two transcripts; rated and ranked lists with ties."""
     assert as_comparison(record) == expected
+    if "prompt" in record:  # by any other name
+        assert as_comparison({{"prompt": "query"}.get(name, name): x for name, x in record.items()}, "query") == expected
 
 
 @pytest.mark.parametrize("record, rule", [
@@ -254,6 +300,8 @@ def test_comparisons_of_all_forms(record, expected):
     ({"prompt": "Why?", "chosen": "So.", "rejected": " "}, "an empty reply"),
     ({"chosen": HH.format("So.", "Yes."), "rejected": HH.format("No.", "Yes!")}, "two different prompts"),
     ({"chosen": HH.format("So.", ""), "rejected": HH.format("So.", "Yes!")}, "an empty reply"),
+    ({"chosen": HH.format("So.", "Yes.") + "\n\nHuman: Oh.", "rejected": HH.format("So.", "No.")}, "assistant's turn"),
+    ({"chosen": [USER], "rejected": [USER]}, "assistant's turn"),
     ({"prompt": "Why?", "responses": ["a", "b"], "ranking": [[0]]}, "each reply once")])
 def test_unusable_comparisons_are_dropped_by_rule(record, rule):
     """Equal sides, different prompts and empty replies say nothing about preference: each has its rule."""
@@ -273,6 +321,29 @@ def test_no_comparison(record):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
+
+def test_what_was_trained_on_is_not_held_out(tmp_path):
+    """No prompt that any turn of a demonstration answers is used again, in whatever order its keys stand; --prompts takes
+    the name of its field from --fields."""
+    (tmp_path / "book.txt").write_text("\n\n".join(f"The {a} and the {b} are at the mill." for a in "xyz" for b in "uvw"))
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"messages": [USER, ASSISTANT, dict(USER, content="So?"), ASSISTANT]}))
+    asked = [[{"content": "Why?", "role": "user"}], [USER, ASSISTANT, dict(USER, content="So?")], "Where?", "When?"]
+    (tmp_path / "ask.jsonl").write_text("\n".join(json.dumps({"question": q}) for q in asked))
+    out = run_prepare(tmp_path / "out", f"--text={tmp_path}/book.txt", "--separator=", "--fields=question,answer",
+                      f"--demonstrations={tmp_path}/sft.jsonl", f"--prompts={tmp_path}/ask.jsonl", "--val_share=0.3",
+                      "--vocab_size=270", "--min_words=1")
+    assert sorted(r["prompt"] for r in read_jsonl(str(out / "prompts.jsonl"))) == ["When?", "Where?"]
+
+
+def test_tokenizer_of_a_single_long_text(tmp_path):
+    """The sample that the tokenizer is trained on is taken from all over a text, also if that is a single document."""
+    words = np.random.default_rng(0).choice("the fox and the hen went to a mill with their basket".split(), 60_000)
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    for seed in (1, 2):
+        out = run_prepare(tmp_path / f"out{seed}", f"--text={tmp_path}/book.txt", "--val_tail", "--cleaning=false",
+                          "--bpe_megabytes=0.05", f"--seed={seed}", "--vocab_size=280")
+        assert load_tokenizer(out).size == 280
+
 
 def test_own_files_end_to_end(tmp_path, capsys):
     """prepare.py on a book, demonstrations and transcripts: all files are there, no prompt stands in two of them, the
