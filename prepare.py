@@ -886,13 +886,16 @@ class Problems:
             self.examples.append(f"{where}: {what}")
 
     def report(self):
-        """Print them; more than one bad record in twenty is more than an accident."""
         for example in self.examples:
             print(f"  {example}")
         print("".join(f"  {what}: {n:,} in all\n" for what, n in self.counts.items() if n > 3), end="")
-        if self.bad > 0.05 * self.records:
-            raise SystemExit(f"{self.bad} of {self.records} records cannot be read: is it the right file, and do "
-                             "--text_field and --fields name what is in it?")
+
+    def judge(self):
+        """More than one bad record in twenty is more than an accident; each option's files are judged by themselves."""
+        records, bad, self.records, self.bad = self.records, self.bad, 0, 0
+        if bad > 0.05 * records:
+            raise SystemExit(f"{bad} of {records} records cannot be read ({self.examples[-1]}): is it the right file, "
+                             "and do --text_field and --fields name what is in it?")
 
 
 def kind_of(path):
@@ -1195,6 +1198,7 @@ def read_as(convert, sources, run, problems):
                 problems.note(where, f"not of a known form ({type(error).__name__}: {error})")
             except ValueError as error:
                 problems.note(where, str(error), bad=False)
+    problems.judge()
 
 
 def prompt_key(prompt):
@@ -1259,6 +1263,7 @@ def main():
         except BrokenProcessPool:
             raise SystemExit("a process of the cleaning has died, perhaps for want of memory: run prepare.py again")
         problems.report()
+        problems.judge()
         print(f"read {report['documents_read']:,} documents, {report['bytes_read'] / 1e6:.2f} MB; repaired "
               f"characters or blanks in {report['documents_repaired']:,}")
         for name, rule in report["rules"].items():

@@ -83,14 +83,24 @@ def test_json_of_all_kinds(tmp_path):
 
 
 def test_too_many_bad_records_are_an_error():
-    """One bad record in twenty is an accident, more are the wrong file."""
+    """One bad record in twenty is an accident, more are the wrong file, however many good ones other files hold."""
     problems = Problems()
-    problems.records = 100
-    for i in range(5):
-        problems.note(f"a, line {i}", "not JSON")
-    problems.report()
-    problems.note("a, line 9", "not JSON")
-    assert "--text_field" in one_line(problems.report)
+    for n in (5, 6):
+        problems.records = 100
+        for i in range(n):
+            problems.note(f"a, line {i}", "not JSON")
+        if n == 5:
+            problems.judge()
+    message = one_line(problems.judge)
+    assert all(words in message for words in ("a, line 2", "6 of 100", "--text_field"))
+
+
+def test_demonstrations_are_judged_by_themselves(tmp_path):
+    """A file of demonstrations that cannot be read is an error, though there is good text in plenty."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"The fox number {i} is here."}) + "\n" for i in range(99)))
+    (tmp_path / "b.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    message = one_line(run_prepare, tmp_path / "out", f"--text={tmp_path}/a.jsonl", f"--demonstrations={tmp_path}/b.jsonl")
+    assert "1 of 1 records" in message and "b.jsonl, line 1" in message and "--fields" in message
 
 
 def test_half_characters_are_replaced(tmp_path):
