@@ -116,7 +116,7 @@ def autocast_dtype(x):
 
 
 class Normalise(torch.autograd.Function):
-    """x (…, C), gain (C,) → u · gain, u = x / √(mean(x²) + ε), as `dtype`; few passes over x where autograd has many.
+    """x (…, C), gain (C,) → u · gain as `dtype`, u = x / √(mean(x²) + ε), in fewer passes over x than autograd's.
 
     dx = (h - u · mean(h · u)) / √(mean(x²) + ε), where h = dy · gain."""
 
@@ -141,7 +141,7 @@ class Normalise(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε), times a learned gain for each channel (Zhang & Sennrich 2019).
 
-    Under autocast in bfloat16, or all that read it would turn it into that, each for itself."""
+    Under autocast it gives bfloat16 at once: all that read it would convert it, each for itself."""
 
     def __init__(self, width):
         super().__init__()
@@ -851,7 +851,8 @@ class Run:
             return figures if figures.dim() == 0 else figures[0], figures.detach()
 
         def gradients(job):
-            (model, loss_of), parts = pairs[job[0]], job[1]
+            i, parts = job
+            model, loss_of = pairs[i]
             sums, parameters = None, list(model.parameters())
             for rows in parts:
                 loss, figures = forward(loss_of, rows)

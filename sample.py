@@ -158,13 +158,12 @@ def compare(run, tokenizer):
     while len(records) < run.config.n_compare and any(kinds.values()):
         records += [some.pop(0) for some in kinds.values() if some]
     records, n = records[:run.config.n_compare], run.config.best_of
-    has_reward = run.config.reward or os.path.exists(run.path("reward.pt"))
+    has_reward = n or run.config.reward or os.path.exists(run.path("reward.pt"))
     reward_model = load_reward_model(run, tokenizer, run.config.reward) if has_reward else None
     answers = {stage: respond(model, tokenizer, records, run, 9, run.config.temperature)
                for stage, model in models.items()}
     if n:
-        need(run.path("reward.pt"), "python reward.py") if not reward_model else None
-        sft, held_out = load_model(run, tokenizer, "sft"), held_out_prompts(run.config.out_dir)
+        sft, held_out = models.get("sft") or load_model(run, tokenizer, "sft"), held_out_prompts(run.config.out_dir)
         answers[f"best-of-{n}"] = best_of(sft, reward_model, tokenizer, records, run, n, 9)
         figures = measure(tokenizer, held_out, best_of(sft, reward_model, tokenizer, held_out, run, n, 1))
         update_scorecard(run.config.out_dir, f"best-of-{n}", dict(figures, kl=round(best_of_n_kl(n), 3)))
