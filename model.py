@@ -116,7 +116,7 @@ def autocast_dtype(x):
 
 
 class Normalise(torch.autograd.Function):
-    """x (…, C), gain (C,) → u · gain as `dtype`, u = x / √(mean(x²) + ε), in fewer passes over x than autograd's.
+    """x (…, C), gain (C,) → u · gain as `dtype`, u = x / √(mean(x²) + ε); fewer passes than autograd.
 
     dx = (h - u · mean(h · u)) / √(mean(x²) + ε), where h = dy · gain."""
 
