@@ -13,6 +13,7 @@ et al. 2020, "C4"; Lee et al. 2022, "Deduplicating training data makes language 
 import base64
 import codecs
 import contextlib
+import email.utils
 import functools
 import glob
 import gzip
@@ -326,10 +327,13 @@ def quality_rules(min_words, blocked_words):
     def lines(text):
         return [line for line in text.split("\n") if line]
 
+    def sentences(text):
+        return [sentence for sentence in re.split("[.!?\n]", text) if sentence.strip()]
+
     return {
         "too short": lambda t, w: len(w) < min_words,
         "markup": lambda t, w: len(re.findall(r"</?[a-zA-Z][^<>]*>|[{}]", t)) > 0.02 * len(w) + 1,
-        "boilerplate": lambda t, w: share(lines(t.lower()), lambda l: any(b in l for b in BOILERPLATE)) > 0.3,
+        "boilerplate": lambda t, w: share(sentences(t.lower()), lambda s: any(b in s for b in BOILERPLATE)) > 0.3,
         "repeated lines": lambda t, w: 1 - len(set(lines(t))) / len(lines(t)) > 0.3,
         "odd words": lambda t, w: len(w) >= 8 and (not 2 < sum(map(len, w)) / len(w) < 12 or share(
             w, lambda x: x[0].isalpha() or any(map(str.isalpha, x))) < 0.4),
@@ -503,14 +507,22 @@ def begin_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def split(texts, config):
+def split(texts, run, config):
     """(side, text) for each text: train or val. A document's text alone decides its side: no order, no later addition
-    moves it across. With val_tail it is the end of the whole text, as is usual for a single book."""
+    moves it across. With val_tail val is the end of the text, as is usual for a single book, whose length is known
+    when all has been written down once."""
     if config.val_tail:
-        whole = "\n\n".join(texts)
-        cut = round(len(whole) * (1 - config.val_share))
-        texts = []
-        yield from (("train", whole[:cut]), ("val", whole[cut:]))
+        with open(run.path("whole.txt.tmp"), "w+", encoding="utf-8") as f:
+            length = 0
+            for text in texts:
+                f.write(json.dumps(text) + "\n")
+                length += len(text)
+            f.seek(0)
+            left, texts = round(length * (1 - config.val_share)), []
+            for text in map(json.loads, f):
+                yield from ((side, part) for side, part in (("train", text[:left]), ("val", text[left:])) if part)
+                left = max(0, left - len(text))
+        os.remove(run.path("whole.txt.tmp"))
     for text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=8, salt=str(config.seed).encode()[:16]).digest()
         yield "val" if int.from_bytes(digest, "big") < config.val_share * 2**64 else "train", text
@@ -524,7 +536,7 @@ def write_sides(texts, run, config):
     with contextlib.ExitStack() as stack:
         files = {side: stack.enter_context(open(run.path(f"{side}.txt.tmp"), "w", encoding="utf-8"))
                  for side in written}
-        for side, text in split(texts, config):
+        for side, text in split(texts, run, config):
             data = text.encode("utf-8", "replace")
             files[side].write(json.dumps(text) + "\n")
             for name, n in (("documents", 1), ("bytes", len(data)), ("characters", len(text))):
@@ -930,7 +942,9 @@ def find_files(sources, folder, kinds=(".txt", ".md", ".json", ".jsonl", ".html"
 
 def download(url, folder):
     """Fetch a URL into a folder, unless it is there. A download that breaks off goes on where it stopped; the file gets
-    its name only when it is whole, and of the SHA-256 that may stand behind the URL as #sha256=…"""
+    its name only when it is whole, and of the SHA-256 that may stand behind the URL as #sha256=…
+
+    A part of a file has the server's date of the file, or 0: if that is another one now, it begins again."""
     url, _, digest = url.partition("#sha256=")
     os.makedirs(folder, exist_ok=True)
     name = os.path.basename(urllib.parse.urlparse(url).path) or "index.html"
@@ -942,12 +956,17 @@ def download(url, folder):
     address = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # letters that are not ASCII
     try:
         request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+        if done and (dated := os.path.getmtime(part)):
+            request.add_header("If-Range", email.utils.formatdate(dated, usegmt=True))
         with urllib.request.urlopen(request, timeout=60) as response:
             done = done if response.status == 206 else 0  # else the server begins at the beginning
             total = done + int(response.headers.get("Content-Length") or 0)
-            with open(part, "ab" if done else "wb") as f:
+            date = email.utils.parsedate_tz(response.headers.get("Last-Modified") or "")
+            date = email.utils.mktime_tz(date) if date else 0
+            with open(part, "ab" if done else "wb", buffering=0) as f:
                 while block := response.read(1 << 20):
                     f.write(block)
+                    os.utime(part, (date, date))
                     done += len(block)
                     print(f"\r  {name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ", end="", flush=True)
             print()
@@ -974,9 +993,15 @@ def check_digest(path, url, digest):
     return path
 
 
-def read_lines(path, problems):
+def read_lines(path, problems, longest=-1):
     """The lines of a text file, plain or .gz, one at a time, in UTF-8 or, if so marked, UTF-16. A line that is neither
-    is read as what the file declares, or as Latin-1, with a note."""
+    is read as what the file declares, or as Latin-1, with a note. Lines of over `longest` bytes come in pieces."""
+    def next_line():
+        line = f.readline(longest)
+        while line and line[-1] > 127 and (f.peek(1)[:1] or b"a")[0] & 0xC0 == 0x80:  # the rest of a character
+            line += f.read(1)
+        return line
+
     try:
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
             head = f.peek(2048)[:2048]
@@ -984,7 +1009,7 @@ def read_lines(path, problems):
                 yield from io.TextIOWrapper(f, "utf-16", errors="replace")
                 return
             declared, noted = re.search(rb"(?:charset|encoding)\s*[:=]\s*[\"']?([\w.-]+)", head), False
-            for number, line in enumerate(f):
+            for number, line in enumerate(iter(next_line, b"")):
                 try:
                     yield line.decode("utf-8-sig" if number == 0 else "utf-8")
                 except UnicodeDecodeError:
@@ -1009,28 +1034,53 @@ def decode(line, encoding):
         return line.decode("latin-1"), "latin-1"
 
 
+def read_list(pieces):
+    """The items of a JSON list, whose text comes in pieces, so that one item at a time stands in memory; of any other
+    JSON, that itself."""
+    item, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    text = next(pieces, "").lstrip()
+    if not text.startswith("["):
+        yield json.loads(text + "".join(pieces))
+        return
+    text, ended = text[1:], False
+    while not ended:
+        more, at = next(pieces, ""), 0
+        text += more
+        while (at := between.match(text, at).end()) < len(text) and text[at] != "]":
+            try:
+                value, at = item(text, at)
+            except json.JSONDecodeError as error:
+                if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated"):
+                    raise
+                break  # its rest is in the next piece
+            yield value
+        text, ended = text[at:], not more or text[at:at + 1] == "]"
+    if (text + "".join(pieces)).strip() != "]":
+        raise ValueError("it does not end with the ] of its list")
+
+
 def read_records(path, problems):
     """(where, record) for each JSON object of a .jsonl file, or of the list that a .json file holds."""
     if kind_of(path) == ".json":
-        try:
-            whole = json.loads("".join(read_lines(path, problems)))
-        except (ValueError, RecursionError) as error:
-            raise SystemExit(f"{path}: not JSON ({error})")
-        records = ((f"{path}, record {n}", r) for n, r in enumerate(whole if isinstance(whole, list) else [whole], 1))
+        pieces = map("".join, batches_of(read_lines(path, problems, 2**16), 2**16))
+        records = ((f"{path}, record {n}", record) for n, record in enumerate(read_list(pieces), 1))
     else:
         records = ((f"{path}, line {n}", line) for n, line in enumerate(read_lines(path, problems), 1) if line.strip())
-    for where, record in records:
-        problems.records += 1
-        try:
-            record = json.loads(record) if isinstance(record, str) else record
-            # JSON can name halves of characters, which no encoding can write.
-            record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            yield where, record
-        else:
-            problems.note(where, "not a JSON object")
+    try:
+        for where, record in records:
+            problems.records += 1
+            try:
+                record = json.loads(record) if isinstance(record, str) else record
+                # JSON can name halves of characters, which no encoding can write.
+                record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                yield where, record
+            else:
+                problems.note(where, "not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}: not JSON ({error})")
 
 
 class HTMLText(html.parser.HTMLParser):

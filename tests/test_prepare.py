@@ -222,7 +222,7 @@ def test_repair_leaves_nothing_to_repair(raw):
 KEPT = {
     "too short": "Milo the fox lives in the mill now.",
     "markup": "I <3 the fox, and if a < b and b > c then a } stands there for no reason, as in much of the text.",
-    "boilerplate": "Milo took the cookies home.\nRosa was in the barn.\nThey ate with the bear.\nIt was a good day.",
+    "boilerplate": "Milo took the cookies home. Rosa was in the barn. They ate with the bear.\nIt was a good day.",
     "repeated lines": "The fox ran and ran.\nThe hen sat in the barn.\nThe fox ran and ran.\nThe bear slept all day.",
     "odd words": "In 1999 the fox had 12 apples and the hen had 7 of them left.",
     "not language": "Milo has a grey coat, but Rosa the hen is white and lives with him.",

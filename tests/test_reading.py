@@ -1,18 +1,20 @@
 """What people have: their files, in whatever form, encoding and state of repair, from disk or over HTTP."""
 
+import calendar
 import gzip
 import hashlib
 import http.server
 import json
 import os
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import prepare
 from prepare import (PrepareConfig, Problems, as_comparison, as_messages, cut_documents, find_files, load_tokenizer,
-                     prompt_ids, read_documents, read_jsonl, read_lines, render)
+                     load_tokens, prompt_ids, read_documents, read_jsonl, read_lines, read_list, read_records, render)
 from test_prepare import one_line, run_prepare
 
 
@@ -80,6 +82,41 @@ def test_json_of_all_kinds(tmp_path):
     assert "c.json" in one_line(documents, tmp_path / "c.json")
     (tmp_path / "c.json").write_text("[" * 100_000)
     assert "c.json" in one_line(documents, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("text", [
+    "[]", " [ ] ", '[{"a": "],[ 😀\\u00e9\\"]"}, 3, "x", [1, [2]], null, -1.5e3 , {}]', '[\n  {\n    "a": 1\n  }\n]\n',
+    '{"a": [1]}', '"a"', "7"])
+def test_json_list_in_pieces(text):
+    """A list that comes in pieces, wherever it is cut within its items, has the items that it has as a whole; anything
+    else is a list of itself alone."""
+    whole = json.loads(text)
+    for size in (3, 4, 7, 20, 99):
+        if size > 6 or "1.5e3" not in text:                         # a number has no end of its own
+            pieces = iter([text[i:i + size] for i in range(0, len(text), size)])
+            assert list(read_list(pieces)) == (whole if isinstance(whole, list) else [whole])
+
+
+@pytest.mark.parametrize("text", ["", "[", '[{"a": 1}', '[{"a": 1', '[{"a": "1', "[1,", "[}]", "[1] 2", "[{'a': 1}]",
+                                  '[{"a" 1}, {"a": 2}]' + " " * 99, "7 8", '[{"a": 1}}, 3]'])
+def test_damaged_json_list(text):
+    """What is cut off or damaged is an error, whether it comes at once or in pieces."""
+    for size in (2, 5, 200):
+        with pytest.raises(ValueError):
+            list(read_list(iter([text[i:i + size] for i in range(0, len(text), size)])))
+
+
+def test_memory_of_a_large_json_list(tmp_path):
+    """One item at a time stands in memory, though all stand in a single line; letters of two bytes are not cut."""
+    items = [dict(text=f"{i} " + "é" * 1000) for i in range(5000)]
+    (tmp_path / "a.json").write_text(json.dumps(items, ensure_ascii=False))
+    tracemalloc.start()
+    problems, n = Problems(), 0
+    for (where, record), item in zip(read_records(str(tmp_path / "a.json"), problems), items, strict=True):
+        assert record == item and where.endswith(f"record {(n := n + 1)}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not problems.counts and peak < 2e6 < os.path.getsize(tmp_path / "a.json") / 5
 
 
 def test_too_many_bad_records_are_an_error():
@@ -164,8 +201,13 @@ def server(tmp_path):
                 return self.send_error(404)
             if self.path == "/stubborn":
                 start = 0                                           # it knows no ranges
+            dated = self.server.dated
+            if dated and self.headers.get("If-Range", dated) != dated:
+                start = 0                                           # the file is another one now
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(CONTENT) - start))
+            if dated:
+                self.send_header("Last-Modified", dated)
             self.end_headers()
             breaks = self.path == "/broken" and len(self.server.asked) == 1 or self.path == "/stubborn" and \
                 len(self.server.asked) == 1
@@ -175,7 +217,7 @@ def server(tmp_path):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+        server.asked, server.dated, server.url = [], None, f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -202,6 +244,20 @@ def test_download_goes_on_where_it_broke_off(server, tmp_path, name, asked):
     assert [p.name[7:] for p in tmp_path.iterdir()] == [f"{name}.part"]
     path, = find_files(f"{server.url}/{name}", str(tmp_path))
     assert read(path) == CONTENT and server.asked == asked and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_parts_of_two_files_are_never_joined(server, tmp_path, changed):
+    """A part carries the server's date of its file; where that has changed meanwhile, the download begins again."""
+    server.dated = "Mon, 05 Oct 2026 10:00:00 GMT"
+    one_line(find_files, f"{server.url}/broken", str(tmp_path))
+    (part,), date = tmp_path.iterdir(), calendar.timegm((2026, 10, 5, 10, 0, 0))
+    assert part.stat().st_mtime == date
+    part.write_bytes(b"x" * 100_000)                                # what another file began with
+    os.utime(part, (date, date))
+    server.dated = "Tue, 06 Oct 2026 10:00:00 GMT" if changed else server.dated
+    data = read(find_files(f"{server.url}/broken", str(tmp_path))[0])
+    assert data == (CONTENT if changed else b"x" * 100_000 + CONTENT[100_000:])
 
 
 def test_download_is_checked(server, tmp_path):
@@ -343,6 +399,19 @@ def test_what_was_trained_on_is_not_held_out(tmp_path):
                       f"--demonstrations={tmp_path}/sft.jsonl", f"--prompts={tmp_path}/ask.jsonl", "--val_share=0.3",
                       "--vocab_size=270", "--min_words=1")
     assert sorted(r["prompt"] for r in read_jsonl(str(out / "prompts.jsonl"))) == ["When?", "Where?"]
+
+
+def test_tail_of_several_documents(tmp_path):
+    """With --val_tail the end of the text is held out: whole documents, and of one its end; nothing is lost."""
+    texts = [f"{i} " + "the fox and the hen at the mill, " * 3 for i in range(20)]
+    (tmp_path / "book.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    out = run_prepare(tmp_path / "out", f"--text={tmp_path}/book.jsonl", "--val_tail", "--val_share=0.33",
+                      "--cleaning=false", "--vocab_size=270")
+    tokenizer = load_tokenizer(out)
+    train, val = (tokenizer.decode(load_tokens(out, side)[0].tolist()).split("<|endoftext|>")[:-1] for side in
+                  ("train", "val"))
+    assert train + val == texts[:13] + [train[13], val[0]] + texts[14:] and train[13] + val[0] == texts[13]
+    assert sum(map(len, val)) == pytest.approx(0.33 * sum(map(len, texts)), abs=1) and not list(out.glob("*.tmp"))
 
 
 def test_tokenizer_of_a_single_long_text(tmp_path):
