@@ -1006,7 +1006,8 @@ def read_lines(path, problems, longest=-1):
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
             head = f.peek(2048)[:2048]
             if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                yield from io.TextIOWrapper(f, "utf-16", errors="replace")
+                lines = io.TextIOWrapper(f, "utf-16", errors="replace")
+                yield from iter(lambda: lines.readline(longest), "")
                 return
             declared, noted = re.search(rb"(?:charset|encoding)\s*[:=]\s*[\"']?([\w.-]+)", head), False
             for number, line in enumerate(iter(next_line, b"")):
@@ -1108,19 +1109,30 @@ class HTMLText(html.parser.HTMLParser):
         self.text += "" if self.silent else re.sub(r"\s+", " ", data)
 
 
+def with_whole_separators(lines, separator):
+    """Lines, some of which are pieces of a longer one: what may be the beginning of a separator goes to the next."""
+    held = ""
+    for line in lines:
+        line = held + line
+        begun = (n for n in range(len(separator) - 1, 0, -1) if line.endswith(separator[:n]))
+        whole = len(line) - next(begun, 0)
+        line, held = line[:whole], line[whole:]
+        yield line
+    yield held
+
+
 def cut_documents(lines, separator, longest=2**21):
     """Lines → documents, which end at a separator, or, where that is empty, at blank lines; and in any case after so
     many characters, so that a book of any length fits into memory."""
     part, size = [], 0
-    for line in lines:
+    for line in with_whole_separators(lines, separator):
         pieces = line.split(separator) if separator else [line] if line.strip() else ["", ""]
         for i, piece in enumerate(pieces):
-            for start in range(0, max(1, len(piece)), longest):  # even a single line may be longer
-                if i or start or size > longest:
-                    yield "".join(part)
-                    part, size = [], 0
-                part.append(piece[start:start + longest])
-                size += len(part[-1])
+            if i or size > longest:
+                yield "".join(part)
+                part, size = [], 0
+            part.append(piece)
+            size += len(piece)
     yield "".join(part)
 
 
@@ -1134,7 +1146,7 @@ def read_documents(paths, config, problems):
                 else:
                     problems.note(where, f'no text in "{config.text_field}"')
             continue
-        lines = read_lines(path, problems)
+        lines = read_lines(path, problems, 2**16)
         first = next(lines, "")
         lines = itertools.chain([first], lines)
         if re.match(r"\s*<(!doctype )?html", first, re.I) or kind_of(path) in (".html", ".htm"):

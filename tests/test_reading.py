@@ -37,12 +37,15 @@ def documents(*paths, **changes):
     (b"encoding: KOI8-R\n" + "мир".encode("koi8-r"), "encoding: KOI8-R\nмир", "KOI8-R"),
     (b"a\r\nb\x00c\r\n", "a\r\nb\x00c\r\n", ""), (b"", "", "")])
 @pytest.mark.parametrize("packed", [False, True])
-def test_encodings(tmp_path, data, text, note, packed):
-    """UTF-8 with and without its mark, UTF-16, what the file declares, Latin-1: with a note where it was guessed."""
+@pytest.mark.parametrize("longest", [-1, 1])
+def test_encodings(tmp_path, data, text, note, packed, longest):
+    """UTF-8 with and without its mark, UTF-16, what the file declares, Latin-1: with a note where it was guessed. Pieces
+    of lines, however short, end between two characters."""
     path = tmp_path / ("a.txt.gz" if packed else "a.txt")
     path.write_bytes(gzip.compress(data) if packed else data)
     problems = Problems()
-    assert "".join(read_lines(str(path), problems)) == text
+    lines = list(read_lines(str(path), problems, longest))
+    assert "".join(lines) == text and (longest < 0 or max(map(len, lines), default=0) <= 2)
     assert not problems.bad and (note in problems.examples[0] if note else not problems.examples)
 
 
@@ -61,12 +64,32 @@ def test_documents_of_a_text_file(separator, expected):
     assert [d for d in cut_documents(lines, separator) if d.strip()] == expected
 
 
-@pytest.mark.parametrize("lines", [["0123456789\n"] * 1000, ["0123456789" * 1000 + "\n", "end"]])
+@pytest.mark.parametrize("lines", [["0123456789\n"] * 1000, ["0123456789"] * 1000 + ["\n", "end"]])
 def test_book_of_any_length(lines):
-    """Text without a separator, or even without lines, is cut all the same, so that memory stays bounded; no character
-    is lost."""
+    """Text without a separator is cut all the same, so that memory stays bounded; no character is lost."""
     parts = list(cut_documents(lines, "<|endoftext|>", longest=500))
     assert "".join(parts) == "".join(lines) and max(map(len, parts)) < 520 and len(parts) > 15
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 14, 40])
+def test_separators_in_a_line_that_comes_in_pieces(size):
+    """A line may be too long to be read at once: a separator that is cut is one all the same, half of one is text."""
+    text = "one<|endoftext|>two <|end <|endof<|endoftext|><three<|endoftext|>four <|endoftex"
+    pieces = [text[i:i + size] for i in range(0, len(text), size)]
+    assert list(cut_documents(pieces, "<|endoftext|>")) == text.split("<|endoftext|>")
+
+
+def test_memory_of_a_single_line(tmp_path):
+    """Documents in a single line of any length are read a piece at a time."""
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"{i} " + "é" * 1000 for i in range(5000)))
+    tracemalloc.start()
+    n = 0
+    for i, (text, _) in enumerate(read_documents([str(tmp_path / "a.txt")], PrepareConfig(), Problems())):
+        assert text == f"{i} " + "é" * 1000
+        n += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n == 5000 and peak < 2e6
 
 
 def test_json_of_all_kinds(tmp_path):
