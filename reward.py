@@ -113,12 +113,16 @@ def group_ties(values, width=0.25):
     return groups
 
 
-def simulated_annotator(samples, records, noise, rng):
+def simulated_annotator(samples, records, config):
     """Rank by rubric score + Gumbel noise, whose larger value is i's with probability σ((score_i - score_j)/noise):
-    close calls are often wrong, clear ones seldom, as with people (Luce 1959). What comes out alike is tied."""
-    for sample in samples:
+    close calls are often wrong, clear ones seldom, as with people (Luce 1959). What comes out alike is tied. Samples of
+    prompts without a rubric are passed over."""
+    rng, rankings = np.random.default_rng((config.seed, 3)), []
+    for sample in (s for s in samples if s["id"] in records):
         scores = [rubric_score(records[sample["id"]], r["text"], r["ended"]) for r in sample["responses"]]
-        yield group_ties([s + noise * -np.log(-np.log(rng.uniform(1e-12, 1))) for s in scores])
+        groups = group_ties([s - config.annotator_noise * np.log(-np.log(rng.uniform(1e-12, 1))) for s in scores])
+        rankings.append(make_ranking(sample, groups, "simulated", list(range(len(scores)))))
+    return rankings
 
 
 def parse_ranking(text, n):
@@ -195,19 +199,11 @@ def make_ranking(sample, ranking, annotator, order, seconds=0.0, skipped=False, 
                 schema=1)
 
 
-def simulate(samples, records, config):
-    """The simulated annotator's rankings of those samples whose prompts have a rubric."""
-    samples = [s for s in samples if s["id"] in records]
-    rng = np.random.default_rng((config.seed, 3))
-    return [make_ranking(sample, groups, "simulated", list(range(len(sample["responses"])))) for sample, groups in
-            zip(samples, simulated_annotator(samples, records, config.annotator_noise, rng))]
-
-
 def rank_responses(run, config):
     samples = read_jsonl(run.path("samples.jsonl"), "python reward.py --steps=sample")
     if config.annotator == "human":
         return human_annotator(samples, run.path("rankings.jsonl"), config.name or getpass.getuser())
-    rankings = simulate(samples, read_rubrics(run), config)
+    rankings = simulated_annotator(samples, read_rubrics(run), config)
     if not rankings:
         raise SystemExit("the simulated annotator ranks by rubrics, and no prompt has one: use --annotator=human")
     write_file(run.path("rankings.jsonl.tmp"), to_jsonl(rankings))
@@ -411,7 +407,7 @@ def train_reward_model(run, config, tokenizer):
     people, records = bool(config.rankings) or config.annotator == "human", read_rubrics(run)
     rankings = [r for r in read_rankings(paths, tokenizer) if not people or r["annotator"] != "simulated"]
     if run.main and people:
-        report_agreement(rankings, simulate(list({r["id"]: r for r in rankings}.values()), records, config))
+        report_agreement(rankings, simulated_annotator({r["id"]: r for r in rankings}.values(), records, config))
     rankings = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
     fit = [r for r in rankings if length(r, tokenizer) <= model_config.block_size]
     if len(fit) < len(rankings) and run.main:

@@ -18,7 +18,7 @@ from model import (IGNORE, LanguageModel, ModelConfig, Optimizers, Run, RunConfi
 from ppo import (adapted_kl_coefficient, gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten)
 from prepare import Tokenizer, prompt_ids, rubric_score
 from sample import best_of_n_kl
-from reward import accuracies, all_pairs, group_ties, parse_ranking, ranking_loss, simulated_annotator
+from reward import RewardConfig, accuracies, all_pairs, group_ties, parse_ranking, ranking_loss, simulated_annotator
 
 torch.manual_seed(0)
 
@@ -371,22 +371,26 @@ def test_parse_ranking():
 
 
 def samples_of(texts, n):
-    sample = dict(id="a", responses=[dict(text=t, ended=True) for t in texts])
+    sample = dict(id="a", prompt="Why?", responses=[dict(text=t, ended=True) for t in texts])
     return [sample] * n, {"a": dict(id="a", rubric=RUBRIC)}
+
+
+def simulated_rankings(samples, records, noise):
+    return [r["ranking"] for r in simulated_annotator(samples, records, RewardConfig(annotator_noise=noise, seed=0))]
 
 
 def test_simulated_annotator_without_noise():
     """Without noise the annotator orders by the rubric score exactly, and ties what scores the same."""
     texts = ["the fox is blue", "the fox is red", "fool, the fox is red", "a red fox"]   # gold: 0, 2, 1, 2
     samples, records = samples_of(texts, 3)
-    assert list(simulated_annotator(samples, records, 0.0, np.random.default_rng(0))) == [[[1, 3], [2], [0]]] * 3
+    assert simulated_rankings(samples + [dict(samples[0], id="no rubric")], records, 0.0) == [[[1, 3], [2], [0]]] * 3
 
 
 def test_simulated_annotator_errs_as_often_as_it_should():
     """With noise τ a pair that differs by g is put in the wrong order, by more than a tie's width of .25, with the
     probability σ((-g - .25)/τ), and in the right one with σ((g - .25)/τ)."""
     samples, records = samples_of(["the fox is red", "fool, the fox is red"], 4000)             # gold: 2 and 1
-    groups = list(simulated_annotator(samples, records, 0.8, np.random.default_rng(0)))
+    groups = simulated_rankings(samples, records, 0.8)
     right, wrong = np.mean([g == [[0], [1]] for g in groups]), np.mean([g == [[1], [0]] for g in groups])
     assert right == pytest.approx(1 / (1 + math.exp(-0.75 / 0.8)), abs=0.03)                    # 4 standard errors
     assert wrong == pytest.approx(1 / (1 + math.exp(1.25 / 0.8)), abs=0.03)
