@@ -607,6 +607,9 @@ def load_config(cls, doc, argv=None):
     """Defaults, then the tables of --config=FILE that concern `cls`, then --key=value; and --help from the same fields.
 
     ModelConfig's fields stand in [model], RunConfig's at the top level of the file, all others in the stage's table."""
+    for stream in (sys.stdin, sys.stdout):  # half a character, or one that a terminal lacks, is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else list(argv)
     options = {f.name: f for f in dataclasses.fields(cls) if f.metadata}
     of_model = ModelConfig.__dataclass_fields__ if issubclass(cls, ModelConfig) else ()
@@ -744,9 +747,6 @@ class Run:
     def open(self):
         """Claim the run folder, and say what is run."""
         os.makedirs(self.config.out_dir, exist_ok=True)
-        for stream in (sys.stdin, sys.stdout):  # half a character, or one that a terminal lacks, is no reason to stop
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
         if self.main:
             self.lock()
             settings, threads = dataclasses.asdict(self.config), max(self.threads, torch.get_num_threads())

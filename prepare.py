@@ -13,7 +13,6 @@ et al. 2020, "C4"; Lee et al. 2022, "Deduplicating training data makes language 
 import base64
 import codecs
 import contextlib
-import email.utils
 import functools
 import glob
 import gzip
@@ -85,7 +84,7 @@ class PrepareConfig(RunConfig):
     def check(self):
         if self.fields.count(",") != 1:
             return f"--fields={self.fields}: name two fields with a comma between them, as in prompt,response"
-        if "\n" in self.separator:
+        if "\n" in self.separator or "\\n" in self.separator:
             return f"--separator={self.separator!r} must stand within a line; leave it empty for blank lines"
         for name in ("demonstrations", "comparisons", "prompts"):
             if getattr(self, name) and not self.text:
@@ -890,24 +889,30 @@ class Problems:
     """What could not be used: every kind is counted, the first few are named, and too many bad records are an error."""
 
     def __init__(self):
-        self.counts, self.examples, self.records, self.bad = Counter(), [], 0, 0
+        self.counts, self.examples, self.records, self.bad, self.latest = Counter(), [], 0, 0, ""
 
     def note(self, where, what, bad=True):
         self.counts[what], self.bad = self.counts[what] + 1, self.bad + bad
+        self.latest = f"{where}: {what}" if bad or not self.bad else self.latest
         if self.counts[what] <= 3:
             self.examples.append(f"{where}: {what}")
 
     def report(self):
         for example in self.examples:
             print(f"  {example}")
-        print("".join(f"  {what}: {n:,} in all\n" for what, n in self.counts.items() if n > 3), end="")
+        for what, n in self.counts.items():
+            if n > 3 or not any(example.endswith(what) for example in self.examples):
+                print(f"  {what}: {n:,} in all")
 
     def judge(self):
         """More than one bad record in twenty is more than an accident; each option's files are judged by themselves."""
         records, bad, self.records, self.bad = self.records, self.bad, 0, 0
         if bad > 0.05 * records:
-            raise SystemExit(f"{bad} of {records} records cannot be read ({self.examples[-1]}): is it the right file, "
+            raise SystemExit(f"{bad} of {records} records cannot be read ({self.latest}): is it the right file, "
                              "and do --text_field and --fields name what is in it?")
+
+
+GZIP = b"\x1f\x8b"  # what a packed file begins with, whatever its name is
 
 
 def kind_of(path):
@@ -915,11 +920,12 @@ def kind_of(path):
 
 
 def size_of(path):
-    """Bytes of a file, of a .gz those that its last four bytes promise."""
-    if not path.lower().endswith(".gz"):
-        return os.path.getsize(path)
+    """Bytes of a file, of a packed one those that its last four bytes promise."""
+    size = os.path.getsize(path)
     with open(path, "rb") as f:
-        f.seek(-4, os.SEEK_END)
+        if f.read(2) != GZIP:
+            return size
+        f.seek(max(0, size - 4))
         return int.from_bytes(f.read(), "little")
 
 
@@ -927,13 +933,16 @@ def find_files(sources, folder, kinds=(".txt", ".md", ".json", ".jsonl", ".html"
     """The files that a list of sources means: files, folders, globs and URLs, separated by commas."""
     paths = []
     for source in filter(None, map(str.strip, sources.split(","))):
-        if re.match(r"https?://", source):
+        folder_of = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else ""
+        if re.match("https?://", source, re.I):
             found = [download(source, folder)]
-        elif os.path.isdir(source):
-            found = [p for p in sorted(glob.glob(os.path.join(glob.escape(source), "**"), recursive=True))
-                     if kind_of(p) in kinds]
         else:
-            found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
+            found = [source] if os.path.isfile(source) else sorted(
+                filter(os.path.isfile, glob.glob(folder_of or source, recursive=True)))
+        if folder_of:
+            known = [path for path in found if kind_of(path) in kinds]
+            print(f"  {source}: {len(found) - len(known)} files of other kinds left out\n" * (known != found), end="")
+            found = known
         if not found:
             raise SystemExit(f"{source} matches no file")
         paths += found
@@ -944,29 +953,34 @@ def download(url, folder):
     """Fetch a URL into a folder, unless it is there. A download that breaks off goes on where it stopped; the file gets
     its name only when it is whole, and of the SHA-256 that may stand behind the URL as #sha256=…
 
-    A part of a file has the server's date of the file, or 0: if that is another one now, it begins again."""
-    url, _, digest = url.partition("#sha256=")
+    Beside a part lies what the server calls that version of the file: of another version it begins again."""
+    url, _, fragment = url.partition("#")
+    kind, _, digest = fragment.partition("=")
+    if kind.lower() in ("md5", "sha1", "sha512") or kind.lower() == "sha256" and len(digest) != 64:
+        raise SystemExit(f"{url}: a file is checked against #sha256= and 64 digits, not #{fragment}")
+    digest = digest if kind.lower() == "sha256" else ""
     os.makedirs(folder, exist_ok=True)
-    name = os.path.basename(urllib.parse.urlparse(url).path) or "index.html"
+    name = os.path.basename(url.partition("?")[0])[-99:] or "index.html"
     path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:6]}-{name}")
-    part = path + ".part"
+    part, version = path + ".part", path + ".part.version"
     if os.path.exists(path):
         return check_digest(path, url, digest)
     done = os.path.getsize(part) if os.path.exists(part) else 0
     address = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # letters that are not ASCII
     try:
         request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
-        if done and (dated := os.path.getmtime(part)):
-            request.add_header("If-Range", email.utils.formatdate(dated, usegmt=True))
+        if done and os.path.exists(version):
+            with open(version, encoding="utf-8") as f:
+                request.add_header("If-Range", f.read())
         with urllib.request.urlopen(request, timeout=60) as response:
             done = done if response.status == 206 else 0  # else the server begins at the beginning
             total = done + int(response.headers.get("Content-Length") or 0)
-            date = email.utils.parsedate_tz(response.headers.get("Last-Modified") or "")
-            date = email.utils.mktime_tz(date) if date else 0
-            with open(part, "ab" if done else "wb", buffering=0) as f:
+            tag, date = response.headers.get("ETag", "W/"), response.headers.get("Last-Modified")
+            with open(part, "ab" if done else "wb") as f:
+                if now := date if tag.startswith("W/") else tag:  # a weak tag is of no use
+                    write_file(version, now)
                 while block := response.read(1 << 20):
                     f.write(block)
-                    os.utime(part, (date, date))
                     done += len(block)
                     print(f"\r  {name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ", end="", flush=True)
             print()
@@ -977,8 +991,11 @@ def download(url, folder):
         if not (nothing_left and error.headers.get("Content-Range", "").endswith(f"/{done}")):  # else it is whole
             if nothing_left:  # it is of another file
                 os.remove(part)
-            raise SystemExit(f"{url}: {error}; run the same command again, it goes on where it stopped")
+            raise SystemExit(f"{url}: {' '.join(str(error).split())}; run the same command again, it goes on where it "
+                             "stopped")
     os.replace(check_digest(part, url, digest), path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(version)
     return path
 
 
@@ -994,8 +1011,8 @@ def check_digest(path, url, digest):
 
 
 def read_lines(path, problems, longest=-1):
-    """The lines of a text file, plain or .gz, one at a time, in UTF-8 or, if so marked, UTF-16. A line that is neither
-    is read as what the file declares, or as Latin-1, with a note. Lines of over `longest` bytes come in pieces."""
+    """The lines of a text file, plain or packed, one at a time, in UTF-8 or, if so marked, UTF-16. A line that is
+    neither is read as `decode` can, with a note. Lines of over `longest` bytes come in pieces."""
     def next_line():
         line = f.readline(longest)
         while line and line[-1] > 127 and (f.peek(1)[:1] or b"a")[0] & 0xC0 == 0x80:  # the rest of a character
@@ -1003,18 +1020,18 @@ def read_lines(path, problems, longest=-1):
         return line
 
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f:
+        with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2)[:2] == GZIP else raw as f:
             head = f.peek(2048)[:2048]
             if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 lines = io.TextIOWrapper(f, "utf-16", errors="replace")
                 yield from iter(lambda: lines.readline(longest), "")
                 return
-            declared, noted = re.search(rb"(?:charset|encoding)\s*[:=]\s*[\"']?([\w.-]+)", head), False
+            decoder, noted = declared_decoder(head), False
             for number, line in enumerate(iter(next_line, b"")):
                 try:
                     yield line.decode("utf-8-sig" if number == 0 else "utf-8")
                 except UnicodeDecodeError:
-                    text, encoding = decode(line, declared[1].decode() if declared else "latin-1")
+                    text, encoding = decode(line, decoder)
                     if not noted:
                         problems.note(f"{path}, line {number + 1}", f"not UTF-8, read as {encoding}", bad=False)
                         noted = True
@@ -1023,48 +1040,62 @@ def read_lines(path, problems, longest=-1):
         raise SystemExit(f"{path} cannot be read: {error}")
 
 
-def decode(line, encoding):
-    """(text, the encoding used) of bytes that are not UTF-8. What calls itself Latin-1 is mostly Windows-1252, which
-    has quotes and dashes in the place of 27 control characters."""
+def declared_decoder(head):
+    """A decoder for the encoding that the beginning of a file declares, named .encoding; None if it declares none,
+    UTF-8 or Latin-1. It keeps the first half of a character for the next call."""
+    declared = re.search(rb"(?:charset|encoding)\s*[:=]\s*[\"']?([\w.-]+)", head)
     with contextlib.suppress(UnicodeError, LookupError):
-        if codecs.lookup(encoding).name not in ("iso8859-1", "ascii"):
-            return line.decode(encoding), encoding
-    try:
+        name = declared[1].decode() if declared else "ascii"
+        b"a".decode(name)  # a LookupError, if the name is not one of text
+        if codecs.lookup(name).name not in ("utf-8", "iso8859-1", "ascii"):
+            decoder = codecs.getincrementaldecoder(name)()
+            decoder.encoding = name
+            return decoder
+
+
+def decode(line, decoder):
+    """(text, the encoding used) of bytes that are not UTF-8: what the file declares, UTF-8 with a few damaged bytes, or
+    Latin-1, which is mostly Windows-1252, with quotes and dashes in the place of 27 control characters."""
+    with contextlib.suppress(UnicodeError):
+        if decoder:
+            return decoder.decode(line), decoder.encoding
+    text = line.decode("utf-8", "replace")
+    if len(re.findall("[^\x00-\x7f\ufffd]", text)) > 3 * text.count("\ufffd"):
+        return text, "UTF-8 with damaged characters"
+    with contextlib.suppress(UnicodeError):
         return line.decode("cp1252"), "latin-1"
-    except UnicodeError:
-        return line.decode("latin-1"), "latin-1"
+    return line.decode("latin-1"), "latin-1"
 
 
-def read_list(pieces):
-    """The items of a JSON list, whose text comes in pieces, so that one item at a time stands in memory; of any other
-    JSON, that itself."""
-    item, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+def read_values(pieces):
+    """The items of a JSON list, or the values that stand one after another, as in JSON Lines, whose text comes in
+    pieces: one value at a time stands in memory."""
+    value, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     text = next(pieces, "").lstrip()
-    if not text.startswith("["):
-        yield json.loads(text + "".join(pieces))
-        return
-    text, ended = text[1:], False
+    is_list = text.startswith("[")
+    text, ended = text[is_list:], False
     while not ended:
         more, at = next(pieces, ""), 0
         text += more
         while (at := between.match(text, at).end()) < len(text) and text[at] != "]":
             try:
-                value, at = item(text, at)
+                item, at = value(text, at)
             except json.JSONDecodeError as error:
                 if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated"):
-                    raise
+                    raise ValueError(error.msg)
                 break  # its rest is in the next piece
-            yield value
+            yield item
         text, ended = text[at:], not more or text[at:at + 1] == "]"
-    if (text + "".join(pieces)).strip() != "]":
-        raise ValueError("it does not end with the ] of its list")
+    if (text + "".join(pieces)).strip() != "]" * is_list:
+        raise ValueError("it breaks off, or goes on after its end")
 
 
 def read_records(path, problems):
-    """(where, record) for each JSON object of a .jsonl file, or of the list that a .json file holds."""
+    """(where, record) for each JSON object of a .jsonl file, a line each, or of a .json file, a list or not."""
+    where = path
     if kind_of(path) == ".json":
         pieces = map("".join, batches_of(read_lines(path, problems, 2**16), 2**16))
-        records = ((f"{path}, record {n}", record) for n, record in enumerate(read_list(pieces), 1))
+        records = ((f"{path}, record {n}", record) for n, record in enumerate(read_values(pieces), 1))
     else:
         records = ((f"{path}, line {n}", line) for n, line in enumerate(read_lines(path, problems), 1) if line.strip())
     try:
@@ -1081,7 +1112,11 @@ def read_records(path, problems):
             else:
                 problems.note(where, "not a JSON object")
     except (ValueError, RecursionError) as error:
-        raise SystemExit(f"{path}: not JSON ({error})")
+        raise SystemExit(f"{where}: what comes then is not JSON ({error})")
+
+
+# How a page begins, whatever its name is: perhaps with comments and <?xml …?>, none of which is read in two ways.
+HTML_PAGE = re.compile(r"(?>\s|<!--.*?-->|<\?.*?\?>)*+<(!doctype\s+)?html", re.I | re.S)
 
 
 class HTMLText(html.parser.HTMLParser):
@@ -1092,32 +1127,32 @@ class HTMLText(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.text, self.silent = "", []
+        self.parts, self.silent = [], []
         self.feed(page)
         self.close()
+        self.text = "".join(self.parts)
 
     def handle_starttag(self, tag, attributes):
-        self.text += "" if tag in self.INLINE else "\n"
+        self.parts.append("" if tag in self.INLINE else "\n")
         self.silent += [tag] * (tag in self.SILENT)
 
     def handle_endtag(self, tag):
-        self.text += "" if tag in self.INLINE else "\n"
+        self.parts.append("" if tag in self.INLINE else "\n")
         if tag in self.silent:
             self.silent.remove(tag)
 
     def handle_data(self, data):
-        self.text += "" if self.silent else re.sub(r"\s+", " ", data)
+        self.parts.append("" if self.silent else re.sub(r"\s+", " ", data))
 
 
 def with_whole_separators(lines, separator):
     """Lines, some of which are pieces of a longer one: what may be the beginning of a separator goes to the next."""
     held = ""
     for line in lines:
-        line = held + line
-        begun = (n for n in range(len(separator) - 1, 0, -1) if line.endswith(separator[:n]))
-        whole = len(line) - next(begun, 0)
-        line, held = line[:whole], line[whole:]
-        yield line
+        parts = (held + line).split(separator) if separator else [line]
+        lengths = (n for n in range(len(separator) - 1, 0, -1) if parts[-1].endswith(separator[:n]))
+        held = separator[:next(lengths, 0)]
+        yield separator.join(parts).removesuffix(held)
     yield held
 
 
@@ -1147,9 +1182,9 @@ def read_documents(paths, config, problems):
                     problems.note(where, f'no text in "{config.text_field}"')
             continue
         lines = read_lines(path, problems, 2**16)
-        first = next(lines, "")
-        lines = itertools.chain([first], lines)
-        if re.match(r"\s*<(!doctype )?html", first, re.I) or kind_of(path) in (".html", ".htm"):
+        head = list(itertools.islice(lines, 20))
+        lines = itertools.chain(head, lines)
+        if kind_of(path) in (".html", ".htm") or HTML_PAGE.match("".join(head)):
             yield HTMLText("".join(lines)).text, ""
         else:
             for text in cut_documents(lines, config.separator):
@@ -1183,15 +1218,18 @@ def as_text(prompt):
 
 
 def as_messages(record, fields):
-    """A demonstration as messages: {"messages"}, Alpaca's {"instruction", "input", "output"}, or the two fields."""
+    """A demonstration as messages: {"messages"}, Alpaca's {"instruction", "output"}, or the two fields; an "input" or
+    "context" stands below what is asked."""
     if "messages" in record:
         messages = as_user(record["messages"])
-    elif "instruction" in record and "output" in record:
-        messages = [dict(role="user", content="\n\n".join(filter(None, [record["instruction"], record.get("input")]))),
-                    dict(role="assistant", content=record["output"])]
     else:
         ask, answer = (name.strip() for name in fields.split(","))
-        messages = [*as_user(record[ask]), dict(role="assistant", content=record[answer])]
+        if {"instruction", "output"} <= record.keys():
+            ask, answer = "instruction", "output"
+        messages = as_user(record[ask])
+        more = (record[name] for name in ("input", "context") if record.get(name) and isinstance(record[name], str))
+        messages[-1]["content"] = "\n\n".join(filter(None, [messages[-1]["content"], *more]))
+        messages.append(dict(role="assistant", content=record[answer]))
     if not all(m["role"] in ("system", "user", "assistant") and m["content"].strip() for m in messages):
         raise ValueError("an empty turn, or a role other than system, user, assistant")
     if messages[-1]["role"] != "assistant":
@@ -1201,10 +1239,9 @@ def as_messages(record, fields):
 
 def as_prompt(record, ask="prompt"):
     """What a record asks, in the field `ask`, in "prompt", or as Alpaca does, as messages that have been checked."""
-    for name in (ask, "prompt"):
-        if name in record:
-            return as_messages(dict(prompt=record[name], response="-"), "prompt,response")[:-1]
-    return as_messages(dict(instruction=record["instruction"], input=record.get("input"), output="-"), "")[:-1]
+    name = next((name for name in (ask, "prompt", "instruction") if name in record), "prompt")
+    more = {name: record[name] for name in ("input", "context") if name in record}
+    return as_messages(dict(more, prompt=record[name], response="-"), "prompt,response")[:-1]
 
 
 def as_turns(transcript):
@@ -1215,17 +1252,18 @@ def as_turns(transcript):
 
 
 def as_comparison(record, ask="prompt"):
-    """(prompt as messages, responses, ranking as groups of indices from the best to the worst) of {"responses"} with
-    {"ranking"} or {"scores"}, of {"chosen", "rejected"} with a {"prompt"} (an "instruction", or the field `ask`), or of
-    two transcripts that share it."""
-    if "responses" in record:
-        responses = [r if isinstance(r, str) else r["text"] for r in record["responses"]]
-        if "scores" in record:
-            scores = [float(score) for score in record["scores"]]
-            best_first = sorted(set(scores), reverse=True)
-            ranking = [[i for i, s in enumerate(scores) if s == score] for score in best_first]
-        else:
+    """(prompt as messages, responses, ranking as groups of indices from the best to the worst, number of responses left
+    out as empty or equal to an earlier one) of {"responses"} with {"ranking"} or {"scores"}, of UltraFeedback's
+    {"completions"}, of {"chosen", "rejected"} with a {"prompt"} (an "instruction", or the field `ask`), or of two
+    transcripts that share it."""
+    if replies := record.get("responses") or record.get("completions"):
+        responses = [r if isinstance(r, str) else r["text"] if "text" in r else r["response"] for r in replies]
+        if "ranking" in record and "scores" not in record:
             ranking = record["ranking"]
+        else:
+            scores = record.get("scores") or [r["score"] if "score" in r else r["overall_score"] for r in replies]
+            scores = list(map(float, scores))
+            ranking = [[i for i, s in enumerate(scores) if s == score] for score in sorted(set(scores), reverse=True)]
         prompt = as_prompt(record, ask)
     else:
         sides, ranking = [record["chosen"], record["rejected"]], [[0], [1]]
@@ -1241,26 +1279,33 @@ def as_comparison(record, ask="prompt"):
             if prompt != other:
                 raise ValueError("two different prompts")
             prompt = as_prompt(dict(prompt=prompt))
-    if not all(r.strip() for r in responses):
-        raise ValueError("an empty reply")
-    if len(set(responses)) < len(responses):
-        raise ValueError("two equal replies")
     if not prompt or sorted(i for group in ranking for i in group) != list(range(len(responses))) or len(responses) < 2:
         raise ValueError("no prompt, or a ranking that does not name each reply once")
-    return prompt, responses, ranking
+    kept = [i for i, r in enumerate(responses) if r.strip() and r not in responses[:i]]
+    if len(kept) < 2:
+        raise ValueError("two equal replies" if all(r.strip() for r in responses) else "an empty reply")
+    ranking = [[kept.index(i) for i in group if i in kept] for group in ranking]
+    ranking = [group for group in ranking if group]
+    if len(ranking) < 2:
+        raise ValueError("all replies are tied")
+    return prompt, [responses[i] for i in kept], ranking, len(responses) - len(kept)
 
 
 def read_as(convert, sources, run, problems):
-    """The usable records of some files, converted; the others are noted by what is wrong."""
+    """The usable records of some files, converted; the others are noted by what is wrong. None at all is an error."""
+    usable = 0
     for path in find_files(sources, run.path("downloads"), (".json", ".jsonl")):
         for where, record in read_records(path, problems):
             try:
                 yield convert(record)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                usable += 1
+            except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 problems.note(where, f"not of a known form ({type(error).__name__}: {error})")
             except ValueError as error:
                 problems.note(where, str(error), bad=False)
     problems.judge()
+    if sources and not usable:
+        raise SystemExit(f"{sources}: no record can be used ({problems.latest or 'there is none'})")
 
 
 def prompt_key(prompt):
@@ -1280,7 +1325,7 @@ def own_records(config, run, problems):
     given = list(read_as(lambda record: as_prompt(record, ask), config.prompts, run, problems))
     random.Random(config.seed).shuffle(demonstrations)  # sft.py holds out the first
     used = {prompt_key(r["messages"][:i]) for r in demonstrations for i in range(1, len(r["messages"]))}
-    prompts = {prompt_key(p): p for p in (given or [prompt for prompt, _, _ in compared])}
+    prompts = {prompt_key(p): p for p in (given or [prompt for prompt, *_ in compared])}
     prompts = [dict(id=key, prompt=p[0]["content"] if [m["role"] for m in p] == ["user"] else p)
                for key, p in prompts.items() if key not in used]
     random.Random(config.seed).shuffle(prompts)
@@ -1289,7 +1334,13 @@ def own_records(config, run, problems):
     for i, record in enumerate(prompts):
         record["use"] = "compare" if i < config.compare_share * len(prompts) else "ppo"
     out = {r["id"] for r in held_out} | {r["id"] for r in prompts if r["use"] == "ppo"}
-    return demonstrations, prompts, held_out, [c for c in compared if prompt_key(c[0]) not in out]
+    comparisons = [(prompt, *replies) for prompt, *replies, _ in compared if prompt_key(prompt) not in out]
+    for n, what in ((len(given) and len(given) - len(prompts) - len(held_out),
+                     "prompts left out that come twice or that a demonstration answers"),
+                    (len(compared) - len(comparisons), "comparisons left out whose prompt is held out or for ppo.py"),
+                    (sum(left_out for *_, left_out in compared), "empty or equal replies left out of longer lists")):
+        problems.counts.update({what: n} if n else {})
+    return demonstrations, prompts, held_out, comparisons
 
 
 def as_ranking(tokenizer, prompt, responses, ranking):
@@ -1369,8 +1420,10 @@ def main():
             write_file(run.path(name + ".tmp"), to_jsonl(records))
         data = dict(report, **written, problems=problems.counts, byte_entropy=round(entropy, 4), seed=config.seed,
                     dtype=np.dtype(dtype).name, tokenizer=tokenizer.hash, vocab_size=tokenizer.size,
-                    source=config.text or "the tiny world")
+                    source=config.text.encode("utf-8", "replace").decode() or "the tiny world")
         write_file(run.path("data.json.tmp"), json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        if not rankings:
+            run.keep_earlier("comparisons.jsonl")  # its tokens are another tokenizer's
         for name in ("tokenizer.tiktoken", "train.bin", "val.bin", "sft.jsonl", "prompts.jsonl", "eval.jsonl",
                      *["comparisons.jsonl"] * bool(rankings), "data.json"):
             run.publish(name)

@@ -16,6 +16,7 @@ people do. People rank in the terminal, or in a browser with rank.html, which ca
     torchrun --nproc_per_node=8 reward.py --config=…
 """
 
+import contextlib
 import getpass
 import json
 import os
@@ -144,49 +145,60 @@ def with_repeats(samples):
     return queue
 
 
+def check_sample(record):
+    """Fails where a line of samples.jsonl, or of a file of rankings, lacks what ranking it takes."""
+    record["id"], as_user(record["prompt"]), [(r["text"], r["tokens"], r["ended"]) for r in record["responses"]]
+
+
+def compared(record):
+    """What a sample or a ranking is about."""
+    return record["id"], as_text(record["prompt"]), *(r["text"] for r in record["responses"])
+
+
 def human_annotator(samples, path, name):
     """Show each prompt with its responses in random order and take down the ranking; every line is saved at once."""
-    done = {(r["id"], r["annotator"]) for r in (read_jsonl(path, "python reward.py") if os.path.exists(path) else [])}
-    todo = with_repeats([s for s in samples if (s["id"], name) not in done and len(s["responses"]) > 1])
+    earlier = read_jsonl(path, "python reward.py", check_sample) if os.path.exists(path) else []
+    done = {compared(r) for r in earlier if r.get("annotator") == name}
+    todo = with_repeats([s for s in samples if compared(s) not in done and len(s["responses"]) > 1])
     print(f"\n{name}: {len(todo)} prompts to rank. Order the responses from best to worst by helpfulness, accuracy\n"
           "and safety, for example 2>0=3>1 (= is a tie). s skips, u takes the last one back, f flags a prompt that\n"
           "nobody should train on, q stops; all is kept. Some prompts come twice.")
     i, saved, flagged = 0, [], False
     graceful = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends the session, at once
-    while i < len(todo):
-        sample, repeat = todo[i]
-        responses = sample["responses"]
-        rng = random.Random(f"{name} {sample['id']} {repeat}")
-        order = rng.sample(range(len(responses)), len(responses))                            # blind and shuffled
-        print(f"\n[{i + 1}/{len(todo)}]  {as_text(sample['prompt'])}" + "  (flagged)" * flagged)
-        for shown, index in enumerate(order):
-            print(f"   {shown}  {responses[index]['text']}" + ("" if responses[index]["ended"] else " […]"))
-        started = time.time()
-        try:
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while i < len(todo):
+            sample, repeat = todo[i]
+            responses = sample["responses"]
+            rng = random.Random(f"{name} {sample['id']} {repeat}")
+            order = rng.sample(range(len(responses)), len(responses))                            # blind and shuffled
+            print(f"\n[{i + 1}/{len(todo)}]  {as_text(sample['prompt'])}" + "  (flagged)" * flagged)
+            for shown, index in enumerate(order):
+                print(f"   {shown}  {responses[index]['text']}" + ("" if responses[index]["ended"] else " […]"))
+            started = time.time()
             answer = input("ranking> ").strip().lower()
-        except (EOFError, KeyboardInterrupt):
-            answer = "q"
-        if answer == "q":
-            break
-        if answer == "f":
-            flagged = not flagged
-        if answer == "u" and saved:
-            os.truncate(path, saved.pop())
-            i -= 1
-        if answer in ("f", "u"):
-            continue
-        try:
-            groups = [] if answer == "s" else parse_ranking(answer, len(order))
-        except ValueError as error:
-            print(f"   {error}")
-            continue
-        line = make_ranking(sample, [[order[shown] for shown in group] for group in groups], name, order,
-                            time.time() - started, skipped=answer == "s", flagged=flagged, repeat=repeat)
-        with open(path, "ab", buffering=0) as f:
-            saved.append(f.tell())
-            f.write(to_jsonl([line]).encode())
-            os.fsync(f.fileno())
-        i, flagged = i + 1, False
+            if answer == "q":
+                break
+            if answer == "f":
+                flagged = not flagged
+            if answer == "u" and saved:
+                os.truncate(path, saved.pop())
+                i -= 1
+            if answer in ("f", "u"):
+                continue
+            try:
+                groups = [] if answer == "s" else parse_ranking(answer, len(order))
+            except ValueError as error:
+                print(f"   {error}")
+                continue
+            line = make_ranking(sample, [[order[shown] for shown in group] for group in groups], name, order,
+                                time.time() - started, skipped=answer == "s", flagged=flagged, repeat=repeat)
+            with open(path, "ab+", buffering=0) as f:
+                f.seek(max(0, f.tell() - 1))
+                f.write(b"\n" * (f.read() not in (b"", b"\n")))  # somebody's editor has taken the last line's end
+                saved.append(f.tell())
+                f.write(to_jsonl([line]).encode())
+                os.fsync(f.fileno())
+            i, flagged = i + 1, False
     signal.signal(signal.SIGINT, graceful)
     print(f"\n{len(saved)} rankings added to {path}; the same command goes on where you stopped")
 
@@ -200,12 +212,13 @@ def make_ranking(sample, ranking, annotator, order, seconds=0.0, skipped=False, 
 
 
 def rank_responses(run, config):
-    samples = read_jsonl(run.path("samples.jsonl"), "python reward.py --steps=sample")
+    samples = read_jsonl(run.path("samples.jsonl"), "python reward.py --steps=sample", check_sample)
     if config.annotator == "human":
         return human_annotator(samples, run.path("rankings.jsonl"), config.name or getpass.getuser())
     rankings = simulated_annotator(samples, read_rubrics(run), config)
     if not rankings:
-        raise SystemExit("the simulated annotator ranks by rubrics, and no prompt has one: use --annotator=human")
+        raise SystemExit("the simulated annotator ranks by rubrics, and no prompt has one: use --annotator=human, or "
+                         "people's comparisons by --rankings=FILE")
     write_file(run.path("rankings.jsonl.tmp"), to_jsonl(rankings))
     run.publish("rankings.jsonl")
     print(f"a simulated annotator (noise {config.annotator_noise}) ranked the responses to {len(rankings):,} prompts")
@@ -218,7 +231,7 @@ def read_rubrics(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading rankings, and how well annotators agree
 
-def fault(line, vocabulary):
+def fault(line, tokenizer):
     """What is wrong with a line of a rankings file, or "" if it can be used."""
     try:
         r = json.loads(line)
@@ -227,14 +240,16 @@ def fault(line, vocabulary):
                                                                                 as_user(r["prompt"])))):
             return "id, prompt and annotator must be text"
         if not all(isinstance(x["text"], str) and x["tokens"] and
-                   all(type(t) is int and 0 <= t < vocabulary for t in x["tokens"]) for x in responses):
+                   all(type(t) is int and 0 <= t < tokenizer.size for t in x["tokens"]) for x in responses):
             return "a response without text, or with tokens that this tokenizer does not have"
+        if any(tokenizer.text(x["tokens"]) != x["text"] for x in responses):
+            return "tokens that are not those of their text: they are another tokenizer's"
         if not all(type(x["ended"]) is bool for x in responses):
             return "a response that does not say whether it ended"
         named = sorted(i for group in ranking for i in group)
-        if named != list(range(len(responses))) and not (r.get("skipped") and ranking == []):
+        if (named != list(range(len(responses))) or not all(ranking)) and not (r.get("skipped") and ranking == []):
             return "the ranking does not name each response once"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"no ranking ({type(error).__name__}: {error})"
     return ""
 
@@ -243,9 +258,9 @@ def read_rankings(paths, tokenizer):
     """The usable lines of all files; malformed ones are dropped, each named with what is wrong."""
     rankings = []
     for path in paths:
-        with open(need(path, "python reward.py --steps=sample,rank"), encoding="utf-8", errors="replace") as f:
+        with open(need(path, "python reward.py --steps=sample,rank"), encoding="utf-8-sig", errors="replace") as f:
             for number, line in enumerate(f, 1):
-                if wrong := fault(line, tokenizer.size):
+                if wrong := fault(line, tokenizer):
                     print(f"{path}, line {number}: dropped, {wrong}")
                 else:
                     rankings.append(json.loads(line))
@@ -261,12 +276,9 @@ def preferences(ranking):
 def agreement(some, others):
     """Share of the pairs ordered by both that are ordered alike, and their number. some, others: lists of rankings,
     matched by prompt and responses; pairs that either has tied are left out (Ouyang et al. 2022, 3.4)."""
-    def key(r):
-        return r["id"], *(x["text"] for x in r["responses"])
-
-    known, alike = {key(r): preferences(r) for r in others}, []
+    known, alike = {compared(r): preferences(r) for r in others}, []
     for r in some:
-        theirs = known.get(key(r), {})
+        theirs = known.get(compared(r), {})
         alike += [first == theirs[pair] for pair, first in preferences(r).items() if pair in theirs]
     return (float(np.mean(alike)) if alike else float("nan")), len(alike)
 
@@ -408,8 +420,11 @@ def train_reward_model(run, config, tokenizer):
     rankings = [r for r in read_rankings(paths, tokenizer) if not people or r["annotator"] != "simulated"]
     if run.main and people:
         report_agreement(rankings, simulated_annotator({r["id"]: r for r in rankings}.values(), records, config))
-    rankings = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
-    fit = [r for r in rankings if length(r, tokenizer) <= model_config.block_size]
+    usable = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
+    if len(usable) < len(rankings) and run.main:
+        print(f"{len(rankings) - len(usable):,} of {len(rankings):,} rankings prefer nothing (one response, all tied, "
+              "skipped), are flagged, or repeat another, and are left out")
+    rankings, fit = usable, [r for r in usable if length(r, tokenizer) <= model_config.block_size]
     if len(fit) < len(rankings) and run.main:
         print(f"{len(rankings) - len(fit):,} of {len(rankings):,} rankings do not fit the context of "
               f"{model_config.block_size} tokens and are left out")

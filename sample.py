@@ -220,6 +220,8 @@ def overoptimization(run, tokenizer, variants):
     """Curves (variant, method) → rows of dict(d, proxy, gold, fit), and a line on each."""
     sft, N = load_model(run, tokenizer, "sft"), run.config.n_overoptimize
     records = [r for r in held_out_prompts(run.config.out_dir) for _ in range(N)][:100 * N]
+    if not records:
+        raise SystemExit("--overoptimize holds the reward model against rubrics, and no held-out prompt has one")
     responses = respond(sft, tokenizer, records, run, 10)
     gold = np.array([rubric_score(r, tokenizer.text(ids), tokenizer.end in ids) for r, ids in zip(records, responses)])
     log, curves, ns = read_log(run.path("log.jsonl")), {}, [2 ** i for i in range(N.bit_length()) if 2 ** i <= N]
@@ -251,7 +253,7 @@ def overoptimization(run, tokenizer, variants):
 def read_log(path):
     """stage → records of its last run, by log.jsonl; resumed runs go on with the records before."""
     log = {}
-    for record in read_jsonl(path, "the stages") if os.path.exists(path) else []:
+    for record in read_jsonl(path, "the stages", lambda r: r["stage"]) if os.path.exists(path) else []:
         if "config" in record and not record["config"].get("resume"):
             log[record["stage"]] = []
         elif record.get("step") is not None:
@@ -303,7 +305,7 @@ def write_report(run, rows, card):
               chart("PPO: learned reward (proxy) and rubric score (gold)", log.get("ppo", []), "reward", "gold"),
               chart("PPO: KL to the SFT model, nats a response", log.get("ppo", []), "kl", "entropy"),
               chart("Reward models: held-out accuracy over comparisons", sorted(
-                  (f for stage, f in card.items() if stage.startswith("reward")), key=lambda f: f["rankings"]),
+                  (f for f in card.values() if "rankings" in f), key=lambda f: f["rankings"]),
                   "accuracy", "accuracy_gold", x="rankings")]
     samples = "".join(
         f"<h3>{html.escape(prompt)}</h3><table><tr><th>stage<th>response<th>reward model<th>rubric</tr>" + "".join(

@@ -46,6 +46,9 @@ class Digits:
     def encode(self, text):
         return [int(c) + 1 for c in text if c.isdigit()]
 
+    def text(self, response):
+        return "".join(str(token - 1) for token in response if token != self.end)
+
 
 def ppo_run(threads=1, **changes):
     """(run, config) of PPO in one process on a CPU, as ppo.py has them."""

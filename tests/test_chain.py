@@ -439,7 +439,9 @@ def test_second_run_of_prepare_keeps_the_first(folder, tmp_path):
     """Another seed overwrites nothing: the earlier files are there under numbered names; and then the old checkpoint
     and the old data are refused, because they belong to another tokenizer."""
     out_dir = copy(folder, tmp_path / "out", (*PREPARED, "pretrain.pt"))
+    (out_dir / "comparisons.jsonl").write_text("of the first\n")
     succeed("prepare", out_dir, *OPTIONS["prepare"], "--seed=2")
+    assert (out_dir / "comparisons.1.jsonl").read_text() == "of the first\n" and not (out_dir / "comparisons.jsonl").exists()
     for name in PREPARED:
         stem, ext = name.rsplit(".", 1)
         assert (out_dir / f"{stem}.1.{ext}").read_bytes() == (folder / name).read_bytes(), name
@@ -447,6 +449,20 @@ def test_second_run_of_prepare_keeps_the_first(folder, tmp_path):
     message = fail("sft", out_dir)
     assert "pretrain.pt" in message and "another tokenizer" in message and "pretrain.py" in message
     assert not [path for path in out_dir.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_terminal_without_the_letters():
+    """A terminal that knows ASCII only is no reason to stop (catches arrows in the help)."""
+    done = subprocess.run([sys.executable, "prepare.py", "--help"], capture_output=True, cwd=ROOT,
+                          env=ENVIRONMENT | dict(PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and b"--near_duplicate" in done.stdout
+
+
+def test_overoptimisation_needs_rubrics(folder, tmp_path):
+    """Without a rubric there is no gold score, and that is what is said."""
+    out_dir = copy(folder, tmp_path / "out", (*PREPARED, "sft.pt"))
+    (out_dir / "eval.jsonl").write_text("")
+    assert "rubric" in fail("sample", out_dir, "--overoptimize=weak")
 
 
 def test_data_of_another_tokenizer_is_refused(folder, tmp_path):

@@ -202,15 +202,18 @@ def test_truncated_files_are_named(folder, tmp_path, name, script):
     ("sft.jsonl", "sft", b"content", b"con\xf4ent"), ("prompts.jsonl", "reward", b'"prompt"', b'"prnmpt"'),
     ("prompts.jsonl", "reward", b"mentions", b"mentkons"), ("eval.jsonl", "pretrain", b'"id"', b'"ie"'),
     ("data.json", "pretrain", b"byte_entropy", b"byte_entrnpy"), ("data.json", "sft", b'"val"', b'"vam"'),
-    ("scorecard.json", "sft", b"{", b"["), ("log.jsonl", "sample", b"{", b"["),
+    ("scorecard.json", "sft", b"{", b"["), ("log.jsonl", "sample", b"{", b"["), ("log.jsonl", "sample", b'"stage"', b'"stale"'),
+    ("samples.jsonl", "rank", b'"ended"', b'"enled"'), ("samples.jsonl", "rank", b'"prompt"', b'"prnmpt"'),
+    ("rankings.jsonl", "human", b'"responses"', b'"respenses"'),
     ("tokenizer.tiktoken", "sft", b"AA== 0", b"AQ== 0")])
 def test_flipped_bits_are_named(folder, tmp_path, name, script, old, new):
     """A changed bit in a text file ends in one line with its name, whether or not the file is still JSON."""
-    out_dir = copy(folder, tmp_path / "out", {*INPUTS.get(script, INPUTS["ppo"]), name, "pretrain.pt"})
+    out_dir = copy(folder, tmp_path / "out", {*INPUTS.get(script, INPUTS["ppo"]), name, "pretrain.pt", "samples.jsonl"})
     whole = (out_dir / name).read_bytes()
     assert old in whole
     (out_dir / name).write_bytes(whole.replace(old, new, 1))
-    message = fail(script, out_dir, *OPTIONS.get(script, ["--compare"]))
+    options = dict(sample=["--compare"], rank=["--steps=rank"], human=["--steps=rank", "--annotator=human"])
+    message = fail(dict(rank="reward", human="reward").get(script, script), out_dir, *OPTIONS.get(script, options.get(script)))
     assert name in message or name == "tokenizer.tiktoken" and "tokenizer" in message
 
 

@@ -87,7 +87,7 @@ def test_any_record_is_converted_or_counted(lines):
 @given(JSON.map(json.dumps) | st.text(max_size=30))
 def test_any_ranking_is_usable_or_faulty(line):
     """A line of a rankings file is described as faulty, or can be used."""
-    assert isinstance(fault(line, TOKENIZER.size), str)
+    assert isinstance(fault(line, TOKENIZER), str)
 
 
 @given(st.text(st.sampled_from("0123=>, a²"), max_size=12), st.integers(1, 5))

@@ -19,7 +19,7 @@ from test_chain import (INPUTS, OPTIONS, PIPES, command, copy, fail, folder, loa
 def line(id="p0", ranking=((0,), (1,)), annotator="ann", n=None, **more):
     """A judgement of `n` responses (as many as the ranking names), as rank.html saves it."""
     n = n or sum(map(len, ranking))
-    responses = [dict(text=f"answer {i}", tokens=[i + 1, 0], ended=True) for i in range(n)]
+    responses = [dict(text=str(i), tokens=[i + 1, 0], ended=True) for i in range(n)]
     return dict(id=id, prompt="1", responses=responses, ranking=[list(g) for g in ranking], annotator=annotator) | more
 
 
@@ -42,7 +42,12 @@ FAULTS = {
                         "tokens that this tokenizer does not have"),
     "no tokens": (json.dumps(line() | dict(responses=[dict(text="a", tokens=[]), dict(text="b", tokens=[1])])),
                   "a response without text, or with tokens"),
-    "no end": (json.dumps(line() | dict(responses=[dict(text=t, tokens=[1]) for t in "ab"])), "'ended'"),
+    "no end": (json.dumps(line() | dict(responses=[dict(text="0", tokens=[1]) for t in "ab"])), "'ended'"),
+    "of another tokenizer": (json.dumps(line() | dict(responses=[dict(text=t, tokens=[3, 0], ended=True) for t in "23"])),
+                             "another tokenizer's"),
+    "an empty group": (json.dumps(line(ranking=[[0], [], [1]], n=2)), "each response once"),
+    "no responses": (json.dumps(line() | dict(responses=[], ranking=[[], []])), "each response once"),
+    "deep": ("[" * 100_000, "no ranking (RecursionError"),
     "skipped, but null": (json.dumps(line(skipped=True) | dict(ranking=None)), "no ranking (TypeError"),
     "a truth value": (json.dumps(line() | dict(responses=[dict(text="a", tokens=[True]), dict(text="b", tokens=[1])])),
                       "tokens that this tokenizer does not have"),
@@ -53,14 +58,14 @@ FAULTS = {
 def test_faulty_line_is_named(kind):
     """Whatever is wrong with a line is said in words, never raised."""
     text, words = FAULTS[kind]
-    assert words in reward.fault(text, Digits.size)
+    assert words in reward.fault(text, Digits())
 
 
 @pytest.mark.parametrize("good", [line(), line(ranking=[[1, 0]]), line(ranking=[], n=3, skipped=True),
                                   line(ranking=[[2], [0, 3], [1]], flagged=True, extra="is allowed")])
 def test_good_line_has_no_fault(good):
     """Ties, skipped lines and further fields are no faults."""
-    assert reward.fault(json.dumps(good), Digits.size) == ""
+    assert reward.fault(json.dumps(good), Digits()) == ""
 
 
 def test_good_lines_survive_bad_ones(tmp_path, capsys):
@@ -68,11 +73,13 @@ def test_good_lines_survive_bad_ones(tmp_path, capsys):
     not even UTF-8."""
     p1, p2 = (json.dumps(line(id)).encode() for id in ("p1", "p2"))
     (tmp_path / "a.jsonl").write_bytes(p1 + b"\n\xff\xfe{\n" + p2)
-    (tmp_path / "b.jsonl").write_text('{"id"\n' + json.dumps(line("p3", annotator="bo")) + "\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('\ufeff{"id"\n' + json.dumps(line("p3", annotator="bo")) + "\n", encoding="utf-8")
     found = reward.read_rankings([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], Digits())
     assert [(r["id"], r["annotator"]) for r in found] == [("p1", "ann"), ("p2", "ann"), ("p3", "bo")]
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2 and "a.jsonl, line 2: dropped" in out[0] and "b.jsonl, line 1: dropped" in out[1]
+    (tmp_path / "c.jsonl").write_text("\ufeff" + json.dumps(line()), encoding="utf-8")
+    assert len(reward.read_rankings([tmp_path / "c.jsonl"], Digits())) == 1  # a mark at its beginning is no fault
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +219,20 @@ def test_prompts_that_come_twice(sampled):
     held_out = max(1, round(40 * 0.15))
     assert f"{40 - held_out} rankings to learn from, {held_out} held out, by ann" in out
     assert load(out_dir / "reward.pt")["step"] == 3 * math.ceil((40 - held_out) / 4)
+
+
+def test_other_samples_are_offered_again(sampled):
+    """What has been ranked is known by its words, not by its number alone: another world's prompt or another sample of the
+    same number is asked for. A file whose last line somebody has left open gets no line glued to it."""
+    out_dir, samples = sampled
+    rank(out_dir, ["2>1>0"] * 2)
+    lines = saved(out_dir)
+    (out_dir / "rankings.jsonl").write_bytes((out_dir / "rankings.jsonl").read_bytes().rstrip())
+    samples[0]["prompt"] += "?"
+    samples[1]["responses"][0]["text"] += "!"
+    (out_dir / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
+    assert "[1/" in rank(out_dir, ["2>1>0"] * 3)
+    assert saved(out_dir)[:2] == lines and [r["id"] for r in saved(out_dir)[2:]] == [s["id"] for s in samples[:3]]
 
 
 def test_ctrl_c_keeps_what_was_ranked(sampled):

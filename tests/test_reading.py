@@ -1,6 +1,5 @@
 """What people have: their files, in whatever form, encoding and state of repair, from disk or over HTTP."""
 
-import calendar
 import gzip
 import hashlib
 import http.server
@@ -14,7 +13,7 @@ import pytest
 
 import prepare
 from prepare import (PrepareConfig, Problems, as_comparison, as_messages, cut_documents, find_files, load_tokenizer,
-                     load_tokens, prompt_ids, read_documents, read_jsonl, read_lines, read_list, read_records, render)
+                     load_tokens, prompt_ids, read_documents, read_jsonl, read_lines, read_values, read_records, render)
 from test_prepare import one_line, run_prepare
 
 
@@ -35,17 +34,23 @@ def documents(*paths, **changes):
     (b'<meta charset="utf-8">\n\xe4\x81\n', '<meta charset="utf-8">\nä\x81\n', "latin-1"),
     ("“it’s” – €".encode("cp1252"), "“it’s” – €", "latin-1"),
     (b"encoding: KOI8-R\n" + "мир".encode("koi8-r"), "encoding: KOI8-R\nмир", "KOI8-R"),
+    (b"charset=gbk " + 9 * "世界很大".encode("gbk"), "charset=gbk " + 9 * "世界很大", "gbk"),
+    ("“It’s – good” ".encode() * 3 + b"\xff", "“It’s – good” " * 3 + "\ufffd", "damaged"),
+    (b"charset=hex \xe4", "charset=hex ä", "latin-1"),
     (b"a\r\nb\x00c\r\n", "a\r\nb\x00c\r\n", ""), (b"", "", "")])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("longest", [-1, 1])
 def test_encodings(tmp_path, data, text, note, packed, longest):
     """UTF-8 with and without its mark, UTF-16, what the file declares, Latin-1: with a note where it was guessed. Pieces
-    of lines, however short, end between two characters."""
-    path = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    of lines, however short, end between two characters. That a file is packed is seen by its content."""
+    path = tmp_path / "a.txt"
     path.write_bytes(gzip.compress(data) if packed else data)
+    assert prepare.size_of(str(path)) == len(data)
     problems = Problems()
+    if longest == 1:
+        longest = dict(damaged=-1, gbk=20).get(note, 1)             # these pieces are judged as a whole
     lines = list(read_lines(str(path), problems, longest))
-    assert "".join(lines) == text and (longest < 0 or max(map(len, lines), default=0) <= 2)
+    assert "".join(lines) == text and (longest != 1 or max(map(len, lines), default=0) <= 2)
     assert not problems.bad and (note in problems.examples[0] if note else not problems.examples)
 
 
@@ -75,8 +80,9 @@ def test_book_of_any_length(lines):
 def test_separators_in_a_line_that_comes_in_pieces(size):
     """A line may be too long to be read at once: a separator that is cut is one all the same, half of one is text."""
     text = "one<|endoftext|>two <|end <|endof<|endoftext|><three<|endoftext|>four <|endoftex"
-    pieces = [text[i:i + size] for i in range(0, len(text), size)]
-    assert list(cut_documents(pieces, "<|endoftext|>")) == text.split("<|endoftext|>")
+    for text, separator in ((text, "<|endoftext|>"), ("one ---two-- --- - ----- six\n---", "---")):
+        pieces = [text[i:i + size] for i in range(0, len(text), size)]
+        assert list(cut_documents(pieces, separator)) == text.split(separator)
 
 
 def test_memory_of_a_single_line(tmp_path):
@@ -101,6 +107,10 @@ def test_json_of_all_kinds(tmp_path):
     assert {e.split(":")[0].split("/")[-1] for e in problems.examples} == {
         "a.jsonl, line 3", "a.jsonl, line 4", "a.jsonl, line 5", "b.json, record 2"}
     assert documents(tmp_path / "b.json", text_field="content")[0] == ["four"]
+    (tmp_path / "lines.json").write_text('{"text": "five"}\n{"text":\n "six"}\n')  # as C4 is published
+    assert documents(tmp_path / "lines.json")[0] == ["five", "six"]
+    (tmp_path / "c.json").write_text('[{"text": "one"},\n{"text": "two"},\n{"text": x}]')
+    assert "c.json, record 2" in one_line(documents, tmp_path / "c.json")
     (tmp_path / "c.json").write_text("{")
     assert "c.json" in one_line(documents, tmp_path / "c.json")
     (tmp_path / "c.json").write_text("[" * 100_000)
@@ -117,16 +127,16 @@ def test_json_list_in_pieces(text):
     for size in (3, 4, 7, 20, 99):
         if size > 6 or "1.5e3" not in text:                         # a number has no end of its own
             pieces = iter([text[i:i + size] for i in range(0, len(text), size)])
-            assert list(read_list(pieces)) == (whole if isinstance(whole, list) else [whole])
+            assert list(read_values(pieces)) == (whole if isinstance(whole, list) else [whole])
 
 
-@pytest.mark.parametrize("text", ["", "[", '[{"a": 1}', '[{"a": 1', '[{"a": "1', "[1,", "[}]", "[1] 2", "[{'a': 1}]",
-                                  '[{"a" 1}, {"a": 2}]' + " " * 99, "7 8", '[{"a": 1}}, 3]'])
+@pytest.mark.parametrize("text", ["[", '[{"a": 1}', '[{"a": 1', '[{"a": "1', "[1,", "[}]", "[1] 2", "[{'a': 1}]",
+                                  '[{"a" 1}, {"a": 2}]' + " " * 99, "7]", '[{"a": 1}}, 3]'])
 def test_damaged_json_list(text):
     """What is cut off or damaged is an error, whether it comes at once or in pieces."""
     for size in (2, 5, 200):
         with pytest.raises(ValueError):
-            list(read_list(iter([text[i:i + size] for i in range(0, len(text), size)])))
+            list(read_values(iter([text[i:i + size] for i in range(0, len(text), size)])))
 
 
 def test_memory_of_a_large_json_list(tmp_path):
@@ -152,7 +162,10 @@ def test_too_many_bad_records_are_an_error():
         if n == 5:
             problems.judge()
     message = one_line(problems.judge)
-    assert all(words in message for words in ("a, line 2", "6 of 100", "--text_field"))
+    assert all(words in message for words in ("a, line 5", "6 of 100", "--text_field"))
+    problems.note("a, line 1", "not JSON")
+    problems.note("b, line 9", "two equal replies", bad=False)  # is by rule, not bad
+    assert "a, line 1" in problems.latest
 
 
 def test_demonstrations_are_judged_by_themselves(tmp_path):
@@ -182,6 +195,11 @@ def test_html_becomes_text(tmp_path):
 
 def test_html_without_a_suffix(tmp_path):
     """A page that was saved under a name without a suffix, as by a download, is HTML all the same; a text is text."""
+    for i, begun in enumerate(("\n\n<!doctype html>", "<!-- a --><!-- <b> -->\n<!DOCTYPE  html>", '<?xml version="1"?><HTML>')):
+        (tmp_path / f"page{i}").write_text(begun + "<p>The <b>fox</b>.")
+        assert documents(tmp_path / f"page{i}")[0][0].strip() == "The fox."
+    (tmp_path / "notes").write_text("<!-- -->" * 5000 + "no page")  # is not read in two to the 5000 ways
+    assert documents(tmp_path / "notes")[0][0].startswith("<!-- -->")
     (tmp_path / "Fox").write_text("<!DOCTYPE html>\n<p>The <b>fox</b>.")
     (tmp_path / "hen.txt").write_text("The <b> key.\n<html> is how pages begin.")
     (tmp_path / "OWL.TXT.GZ").write_bytes(gzip.compress(b"The owl."))
@@ -190,7 +208,7 @@ def test_html_without_a_suffix(tmp_path):
     assert prepare.size_of(str(tmp_path / "OWL.TXT.GZ")) == 8
 
 
-def test_folders_globs_and_lists(tmp_path):
+def test_folders_globs_and_lists(tmp_path, capsys):
     """A folder means all files of a known kind in it; sources are separated by commas; no match is an error."""
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.md", "deep/c.jsonl.gz", "deep/d.png"):
@@ -200,6 +218,9 @@ def test_folders_globs_and_lists(tmp_path):
     assert names(f"{tmp_path}/*.txt, {tmp_path}/a.md") == ["/b.txt", "/a.md"]
     assert len(find_files(str(tmp_path), "", (".json", ".jsonl"))) == 1  # of records
     assert "nothing.txt" in one_line(find_files, f"{tmp_path}/a.md,nothing.txt", "")
+    assert names(f"{tmp_path}/*") == ["/a.md", "/b.txt"] and names(f"{tmp_path}/deep") == ["/deep/c.jsonl.gz"]
+    assert f"{tmp_path}/deep: 1 files of other kinds left out" in capsys.readouterr().out
+    assert prepare.size_of(f"{tmp_path}/deep/c.jsonl.gz") == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,13 +245,13 @@ def server(tmp_path):
                 return self.send_error(404)
             if self.path == "/stubborn":
                 start = 0                                           # it knows no ranges
-            dated = self.server.dated
-            if dated and self.headers.get("If-Range", dated) != dated:
+            version = self.server.version
+            if "If-Range" in self.headers and self.headers["If-Range"] not in version.values():
                 start = 0                                           # the file is another one now
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(CONTENT) - start))
-            if dated:
-                self.send_header("Last-Modified", dated)
+            for name, value in version.items():
+                self.send_header(name, value)
             self.end_headers()
             breaks = self.path == "/broken" and len(self.server.asked) == 1 or self.path == "/stubborn" and \
                 len(self.server.asked) == 1
@@ -240,7 +261,7 @@ def server(tmp_path):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.dated, server.url = [], None, f"http://127.0.0.1:{server.server_address[1]}"
+        server.asked, server.version, server.url = [], {}, f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -269,18 +290,29 @@ def test_download_goes_on_where_it_broke_off(server, tmp_path, name, asked):
     assert read(path) == CONTENT and server.asked == asked and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_parts_of_two_files_are_never_joined(server, tmp_path, changed):
-    """A part carries the server's date of its file; where that has changed meanwhile, the download begins again."""
-    server.dated = "Mon, 05 Oct 2026 10:00:00 GMT"
-    one_line(find_files, f"{server.url}/broken", str(tmp_path))
-    (part,), date = tmp_path.iterdir(), calendar.timegm((2026, 10, 5, 10, 0, 0))
-    assert part.stat().st_mtime == date
-    part.write_bytes(b"x" * 100_000)                                # what another file began with
-    os.utime(part, (date, date))
-    server.dated = "Tue, 06 Oct 2026 10:00:00 GMT" if changed else server.dated
-    data = read(find_files(f"{server.url}/broken", str(tmp_path))[0])
-    assert data == (CONTENT if changed else b"x" * 100_000 + CONTENT[100_000:])
+@pytest.mark.parametrize("before, now", [
+    (dict(ETag='"a"'), dict(ETag='"b"')), (dict(ETag='W/"a"', **{"Last-Modified": "Mon"}), {"Last-Modified": "Tue"}),
+    (dict(ETag='"a"', **{"Last-Modified": "Mon"}), dict(ETag='"b"', **{"Last-Modified": "Tue"}))])
+def test_parts_of_two_files_are_never_joined(server, tmp_path, before, now):
+    """The server's name for the version of a file lies beside a part of it; where that has changed meanwhile, the download
+    begins again, else it goes on."""
+    for version in (before, now):
+        server.version = before
+        server.asked.clear()
+        one_line(find_files, f"{server.url}/broken", str(tmp_path))
+        part, = tmp_path.glob("*.part")
+        part.write_bytes(b"x" * 100_000)                            # what the file began with then
+        server.version = version
+        path, = find_files(f"{server.url}/broken", str(tmp_path))
+        assert read(path) == (CONTENT if version is now else b"x" * 100_000 + CONTENT[100_000:])
+        assert [str(p) for p in tmp_path.iterdir()] == [path]
+        os.remove(path)
+
+
+@pytest.mark.parametrize("url, words", [("/a#md5=0", "sha256="), ("/a#sha256=12", "64 digits"), ("//[::1/a", "again")])
+def test_address_that_cannot_be_used(server, tmp_path, url, words):
+    """A digest of another kind, and an address that is none, end in one line."""
+    assert words in one_line(find_files, ("http:" if url.startswith("//") else server.url) + url, str(tmp_path))
 
 
 def test_download_is_checked(server, tmp_path):
@@ -327,6 +359,8 @@ USER, ASSISTANT = dict(role="user", content="Why?"), dict(role="assistant", cont
     ({"instruction": "Sum", "input": "1, 2", "output": "3"}, "prompt,response",
      [dict(role="user", content="Sum\n\n1, 2"), dict(role="assistant", content="3")]),
     ({"instruction": "Why?", "context": "", "response": "Because."}, "instruction,response", [USER, ASSISTANT]),
+    ({"instruction": "Sum", "context": "1, 2", "response": "3"}, "instruction,response",
+     [dict(role="user", content="Sum\n\n1, 2"), dict(role="assistant", content="3")]),
     ({"messages": [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT]}, "prompt,response",
      [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT])])
 def test_demonstrations_of_all_forms(record, fields, expected):
@@ -376,12 +410,16 @@ HH_PROMPT = [USER, dict(role="assistant", content="So."), dict(role="user", cont
      ([USER], ["Because.", "No."], [[0], [1]])),
     ({"prompt": "Why?", "chosen": [USER, ASSISTANT], "rejected": [USER, dict(role="assistant", content="No.")],
       "messages": [USER, ASSISTANT]}, ([USER], ["Because.", "No."], [[0], [1]])),
-    ({"instruction": "Why?", "responses": ["a", "b"], "scores": ["9", "10"]}, ([USER], ["a", "b"], [[1], [0]]))])
+    ({"instruction": "Why?", "responses": ["a", "b"], "scores": ["9", "10"]}, ([USER], ["a", "b"], [[1], [0]])),
+    ({"instruction": "Why?", "completions": [dict(response=r, overall_score=s, model="m") for r, s in (("a", 7.5), ("b", 9))]},
+     ([USER], ["a", "b"], [[1], [0]])),
+    ({"prompt": "Why?", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]},
+     ([USER], ["a", "b"], [[1], [0]]))])
 def test_comparisons_of_all_forms(record, expected):
     """Chosen and rejected, with a prompt or as two transcripts; rated and ranked lists with ties."""
-    assert as_comparison(record) == expected
+    assert as_comparison(record) == (*expected, 0)
     if "prompt" in record:  # by any other name
-        assert as_comparison({{"prompt": "query"}.get(name, name): x for name, x in record.items()}, "query") == expected
+        assert as_comparison({{"prompt": "query"}.get(name, name): x for name, x in record.items()}, "query")[:3] == expected
 
 
 @pytest.mark.parametrize("record, rule", [
@@ -391,11 +429,31 @@ def test_comparisons_of_all_forms(record, expected):
     ({"chosen": HH.format("So.", ""), "rejected": HH.format("So.", "Yes!")}, "an empty reply"),
     ({"chosen": HH.format("So.", "Yes.") + "\n\nHuman: Oh.", "rejected": HH.format("So.", "No.")}, "assistant's turn"),
     ({"chosen": [USER], "rejected": [USER]}, "assistant's turn"),
+    ({"prompt": "Why?", "responses": ["a", "b"], "scores": [3, 3]}, "all replies are tied"),
+    ({"prompt": "Why?", "responses": ["a", " ", "a"], "scores": [1, 2, 3]}, "an empty reply"),
     ({"prompt": "Why?", "responses": ["a", "b"], "ranking": [[0]]}, "each reply once")])
 def test_unusable_comparisons_are_dropped_by_rule(record, rule):
     """Equal sides, different prompts and empty replies say nothing about preference: each has its rule."""
     with pytest.raises(ValueError, match=rule):
         as_comparison(record)
+
+
+def test_longer_lists_lose_single_replies():
+    """Of a longer list an empty reply, or one that repeats another, is left out alone, and counted; ranks move up."""
+    record = dict(prompt="Why?", responses=["a", "", "b", "a", "c"], scores=[1, 9, 2, 3, 1])
+    assert as_comparison(record) == ([USER], ["a", "b", "c"], [[1], [0, 2]], 2)
+
+
+@pytest.mark.parametrize("option, record, words", [
+    ("demonstrations", {"messages": [dict(USER, role="human"), ASSISTANT]}, "a role other than"),
+    ("comparisons", {"prompt": "Why?", "chosen": "So.", "rejected": "So."}, "two equal replies"),
+    ("comparisons", {"prompt": "Why?", "responses": ["a", "b"], "scores": [10**400, 1]}, "1 of 1 records")])
+def test_nothing_usable_is_an_error(tmp_path, option, record, words):
+    """If no record of an option's files can be used, that is said at once, not by a later stage."""
+    (tmp_path / "a.txt").write_text("The fox is at home.\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    message = one_line(run_prepare, tmp_path / "out", f"--text={tmp_path}/a.txt", f"--{option}={tmp_path}/a.jsonl")
+    assert words in message and "a.jsonl" in message
 
 
 @pytest.mark.parametrize("record", [{}, {"chosen": "a"}, {"chosen": 1, "rejected": 2}, {"chosen": "", "rejected": ""},
@@ -422,6 +480,8 @@ def test_what_was_trained_on_is_not_held_out(tmp_path):
                       f"--demonstrations={tmp_path}/sft.jsonl", f"--prompts={tmp_path}/ask.jsonl", "--val_share=0.3",
                       "--vocab_size=270", "--min_words=1")
     assert sorted(r["prompt"] for r in read_jsonl(str(out / "prompts.jsonl"))) == ["When?", "Where?"]
+    counts = json.loads((out / "data.json").read_text())["problems"]
+    assert counts == {"prompts left out that come twice or that a demonstration answers": 2}
 
 
 def test_tail_of_several_documents(tmp_path):
@@ -476,6 +536,8 @@ def test_own_files_end_to_end(tmp_path, capsys):
         for x in line["responses"]:
             assert x["tokens"][-1] == tokenizer.end and tokenizer.text(x["tokens"]) == x["text"]
     data = json.loads((out / "data.json").read_text())
-    assert data["problems"] == {"two equal replies": 1} and data["documents_read"] == 400
-    assert "hh.jsonl.gz, line 8: two equal replies" in capsys.readouterr().out
+    kept = "comparisons left out whose prompt is held out or for ppo.py"
+    assert data["problems"] == {"two equal replies": 1, kept: 26} and data["documents_read"] == 400
+    said = capsys.readouterr().out
+    assert "hh.jsonl.gz, line 8: two equal replies" in said and f"{kept}: 26" in said
     assert not list(out.glob("*.tmp"))
