@@ -1145,30 +1145,18 @@ class HTMLText(html.parser.HTMLParser):
         self.parts.append("" if self.silent else re.sub(r"\s+", " ", data))
 
 
-def with_whole_separators(lines, separator):
-    """Lines, some of which are pieces of a longer one: what may be the beginning of a separator goes to the next."""
-    held = ""
-    for line in lines:
-        parts = (held + line).split(separator) if separator else [line]
-        lengths = (n for n in range(len(separator) - 1, 0, -1) if parts[-1].endswith(separator[:n]))
-        held = separator[:next(lengths, 0)]
-        yield separator.join(parts).removesuffix(held)
-    yield held
-
-
-def cut_documents(lines, separator, longest=2**21):
-    """Lines → documents, which end at a separator, or, where that is empty, at blank lines; and in any case after so
-    many characters, so that a book of any length fits into memory."""
-    part, size = [], 0
-    for line in with_whole_separators(lines, separator):
-        pieces = line.split(separator) if separator else [line] if line.strip() else ["", ""]
-        for i, piece in enumerate(pieces):
-            if i or size > longest:
-                yield "".join(part)
-                part, size = [], 0
-            part.append(piece)
-            size += len(piece)
-    yield "".join(part)
+def cut_documents(pieces, separator, longest=2**21):
+    """Text in pieces → documents, which end at a separator, or, where that is empty, at blank lines; and in any case
+    after so many characters, so that a book of any length fits into memory."""
+    rest = ""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(separator) if separator else re.split(r"(?m)^\s*\n", rest + piece)
+        yield from whole
+        if len(rest) > longest:
+            end = rest.rfind("\n") + 1 or len(rest) - len(separator)  # half of a separator may stand in the last line
+            yield rest[:end]
+            rest = rest[end:]
+    yield rest
 
 
 def read_documents(paths, config, problems):
@@ -1181,13 +1169,13 @@ def read_documents(paths, config, problems):
                 else:
                     problems.note(where, f'no text in "{config.text_field}"')
             continue
-        lines = read_lines(path, problems, 2**16)
-        head = list(itertools.islice(lines, 20))
-        lines = itertools.chain(head, lines)
-        if kind_of(path) in (".html", ".htm") or HTML_PAGE.match("".join(head)):
-            yield HTMLText("".join(lines)).text, ""
+        pieces = map("".join, batches_of(read_lines(path, problems, 2**16), 2**16))
+        first = next(pieces, "")
+        pieces = itertools.chain([first], pieces)
+        if kind_of(path) in (".html", ".htm") or HTML_PAGE.match(first):
+            yield HTMLText("".join(pieces)).text, ""
         else:
-            for text in cut_documents(lines, config.separator):
+            for text in cut_documents(pieces, config.separator):
                 if text.strip():
                     yield text, ""
 
