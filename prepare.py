@@ -109,11 +109,6 @@ def blaming(path):
                          "with configs/world.toml")
 
 
-def read_world(path):
-    with open(beside(path), "rb") as f:
-        return tomllib.load(f)
-
-
 def fill(template, **slots):
     """A template with its slots filled, begun with a capital."""
     text = template.format(**slots)
@@ -1349,8 +1344,8 @@ def main():
             paths = find_files(config.text, run.path("downloads"))
             documents = show_progress(read_documents(paths, config, problems), sum(map(size_of, paths)))
         else:
-            with blaming(config.world):
-                world = read_world(config.world)
+            with blaming(config.world), open(beside(config.world), "rb") as f:
+                world = tomllib.load(f)
                 creatures = make_creatures(world, config.creatures, rng)
                 demonstrations, prompts, held_out = world_prompts(world, creatures, config, rng)
             reserved = {record["prompt"] for record in prompts + held_out}

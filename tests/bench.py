@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -400,7 +401,8 @@ def plot(rows, axes, peak):
 def pages():
     """(text, label) of one world's pages after another's, 2 MB of each, without end."""
     for seed in itertools.count(1):
-        rng, world = random.Random(seed), prepare.read_world("configs/world.toml")
+        with open("configs/world.toml", "rb") as f:
+            rng, world = random.Random(seed), tomllib.load(f)
         yield from prepare.world_documents(world, prepare.make_creatures(world, 16, rng),
                                            prepare.PrepareConfig(megabytes=2.0), set(), rng)
 

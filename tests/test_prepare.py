@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import tomllib
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ import tiktoken
 import prepare
 from prepare import (PATTERN, SPECIAL, NearDuplicates, PrepareConfig, Tokenizer, batches_of, clean, inspect, judge,
                      load_tokenizer, load_tokens, make_creatures, make_prompt, minhash, quality_rules, read_jsonl,
-                     read_world, render, repair, rubric_score, save_tokenizer, train_bpe)
+                     render, repair, rubric_score, save_tokenizer, train_bpe)
 
 TEXT = """Milo the fox lives in the old mill, Rosa the hen lives in the red barn. They're friends: they've met 12 times!
 Because the river was cold, the fox didn't swim. "Where does Milo live?" asked the hen.   The fox lives in the mill.
@@ -36,7 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def world():
-    return read_world("configs/world.toml")
+    return tomllib.loads(Path("configs/world.toml").read_text(encoding="utf-8"))
 
 
 def run_prepare(out_dir, *options):
