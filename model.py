@@ -315,11 +315,6 @@ class ScalarModel(nn.Module):
         scores = self.score(self.model(tokens)).squeeze(-1).float()
         return scores if lengths is None else scores[:len(lengths)].gather(1, lengths[:, None] - 1).squeeze(1)
 
-    def adopt(self, state_dict):
-        """Take over the trunk of a saved model that is at least as deep: the lower layers, when it is deeper."""
-        missing, _ = self.load_state_dict(state_dict, strict=False)
-        assert all(name.startswith("score.") for name in missing), missing
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation

@@ -437,7 +437,8 @@ def train_reward_model(run, config, tokenizer):
     steps = config.epochs * steps_per_epoch
     torch.manual_seed(config.seed)  # the new head does not depend on whether sampling came first
     model = ScalarModel(model_config).to(run.device)
-    model.adopt(parent["model"])
+    missing, _ = model.load_state_dict(parent["model"], strict=False)  # of a deeper trunk, the lower blocks
+    assert missing == ["score.weight", "score.bias"], missing
     optimizer = Optimizers(model, config.learning_rate, config.muon_learning_rate, config.weight_decay)
     step = run.start(tokenizer, "sft: sft.pt", model=model, optimizer=optimizer)["step"]
     trained = run.wrap(model)

@@ -258,12 +258,12 @@ def test_loss_is_cross_entropy_of_the_targets():
 
 
 def test_scalar_model_stands_on_the_same_trunk():
-    """adopt(): the scalar model's hidden states are the language model's (catches a final norm applied twice), and a
-    shallower one has its lower layers."""
+    """With a language model's weights a scalar model has its hidden states (catches a final norm applied twice), and a
+    shallower one its lower layers; only the head is missing."""
     lm = language_model()
     same, lower = ScalarModel(tiny()), ScalarModel(tiny(n_layer=1))
-    same.adopt(lm.state_dict())
-    lower.adopt(lm.state_dict())
+    for model in (same, lower):
+        assert model.load_state_dict(lm.state_dict(), strict=False).missing_keys == ["score.weight", "score.bias"]
     tokens = torch.randint(19, (2, 5))
     with torch.no_grad():
         assert torch.equal(same.model(tokens), lm.model(tokens))
