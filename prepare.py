@@ -1007,30 +1007,23 @@ def check_digest(path, url, digest):
 
 def read_lines(path, problems, longest=-1):
     """The lines of a text file, plain or packed, one at a time, in UTF-8 or, if so marked, UTF-16. A line that is
-    neither is read as `decode` can, with a note. Lines of over `longest` bytes come in pieces."""
-    def next_line():
-        line = f.readline(longest)
-        while line and line[-1] > 127 and (f.peek(1)[:1] or b"a")[0] & 0xC0 == 0x80:  # the rest of a character
-            line += f.read(1)
-        return line
-
+    neither is read as `decode` can, with a note. Lines of over `longest` characters come in pieces."""
     try:
         with open(path, "rb") as raw, gzip.open(raw) if raw.peek(2)[:2] == GZIP else raw as f:
             head = f.peek(2048)[:2048]
-            if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                lines = io.TextIOWrapper(f, "utf-16", errors="replace")
-                yield from iter(lambda: lines.readline(longest), "")
-                return
+            marked = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            encoding, errors = ("utf-16", "replace") if marked else ("utf-8-sig", "surrogateescape")
+            lines = io.TextIOWrapper(f, encoding, errors, newline="\n")
             decoder, noted = declared_decoder(head), False
-            for number, line in enumerate(iter(next_line, b"")):
+            for number, line in enumerate(iter(lambda: lines.readline(longest), ""), 1):
                 try:
-                    yield line.decode("utf-8-sig" if number == 0 else "utf-8")
-                except UnicodeDecodeError:
-                    text, encoding = decode(line, decoder)
+                    line.encode()
+                except UnicodeEncodeError:  # it has bytes that are no UTF-8, kept as half characters
+                    line, encoding = decode(line.encode("utf-8", "surrogateescape"), decoder)
                     if not noted:
-                        problems.note(f"{path}, line {number + 1}", f"not UTF-8, read as {encoding}", bad=False)
+                        problems.note(f"{path}, line {number}", f"not UTF-8, read as {encoding}", bad=False)
                         noted = True
-                    yield text
+                yield line
     except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path} cannot be read: {error}")
 
