@@ -175,12 +175,6 @@ def score_rollout(run, config, tokenizer, models, prompts, responses):
     return run.evaluate(score, len(prompts), config.micro_batch_size)
 
 
-def text_windows(tokens, n, length, rng):
-    """n windows of pretraining text, (n, length + 1)."""
-    starts = rng.integers(len(tokens) - length, size=n)
-    return torch.from_numpy(np.stack([tokens[i:i + length + 1] for i in starts]).astype(np.int64))
-
-
 def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, text=None):
     """Update policy and value function on one rollout, the same on every process; returns the figures to log.
 
@@ -227,7 +221,8 @@ def ppo_step(run, config, models, optimizers, rows, step, factor, rng, beta, tex
         pairs = [(policy, policy_part), (value_model, value_part)]
         if config.ptx_coefficient:  # InstructGPT's eq. 2: the policy keeps reading, so that it does not forget
             length = min(64, getattr(policy, "module", policy).model.config.block_size)
-            windows = text_windows(text, len(chosen), length, rng).to(run.device)
+            starts = rng.integers(len(text) - length, size=len(chosen))
+            windows = torch.tensor([text[i:i + length + 1].tolist() for i in starts], device=run.device)
             pairs.append((policy, lambda part: config.ptx_coefficient * policy(
                 windows[part, :-1], windows[part, 1:]).sum() / windows[:, 1:].numel()))
         (loss, clip_fraction, approx_kl), v_loss, *_ = run.backward_all(len(chosen), config.micro_batch_size, *pairs)
