@@ -283,16 +283,12 @@ def agreement(some, others):
     return (float(np.mean(alike)) if alike else float("nan")), len(alike)
 
 
-def report_agreement(rankings, simulated):
+def report_agreement(rankings):
     """Print how well each two annotators agree, and each with himself on prompts that came twice."""
     by = {}
     for r in rankings:
         by.setdefault(r["annotator"], []).append(r)
-    if list(by) == ["simulated"]:
-        return
     first = {name: [r for r in some if not r.get("repeat")] for name, some in by.items()}
-    if simulated:
-        first.setdefault("simulated", simulated)
     for a, b in combinations(sorted(first), 2):
         share, n = agreement(first[a], first[b])
         print(f"  {a} and {b}: agree on {share:.1%} of {n} pairs" if n else f"  {a} and {b}: no pair in common")
@@ -419,7 +415,7 @@ def train_reward_model(run, config, tokenizer):
     people, records = bool(config.rankings) or config.annotator == "human", read_rubrics(run)
     rankings = [r for r in read_rankings(paths, tokenizer) if not people or r["annotator"] != "simulated"]
     if run.main and people:
-        report_agreement(rankings, simulated_annotator({r["id"]: r for r in rankings}.values(), records, config))
+        report_agreement(rankings + simulated_annotator({r["id"]: r for r in rankings}.values(), records, config))
     usable = [r for r in rankings if len(r["ranking"]) > 1 and not r.get("repeat") and not r.get("flagged")]
     if len(usable) < len(rankings) and run.main:
         print(f"{len(rankings) - len(usable):,} of {len(rankings):,} rankings prefer nothing (one response, all tied, "

@@ -103,13 +103,13 @@ def test_report_of_agreement(capsys):
     """Every two annotators, each and the simulated one, and each with himself on what came twice."""
     ann = [line("p0", [[0], [1]]), line("p1", [[0], [1]]), line("p0", [[1], [0]], repeat=True)]
     bo = [line("p0", [[0], [1]], "bo"), line("p1", [[1], [0]], "bo")]
-    reward.report_agreement(ann + bo, [line("p1", [[0], [1]], "simulated")])
+    reward.report_agreement(ann + bo + [line("p1", [[0], [1]], "simulated")])
     out = capsys.readouterr().out
     assert "ann and bo: agree on 50.0% of 2 pairs" in out
     assert "ann and simulated: agree on 100.0% of 1 pairs" in out
     assert "bo and simulated: agree on 0.0% of 1 pairs" in out
     assert "ann when asked twice: the same for 0.0% of 1 pairs" in out and "bo when" not in out
-    reward.report_agreement([line(annotator="simulated")], [])  # nobody to agree with
+    reward.report_agreement([line(annotator="simulated")])      # nobody to agree with
     assert capsys.readouterr().out == ""
 
 
