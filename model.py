@@ -629,11 +629,8 @@ def load_config(cls, doc, argv=None):
 
     values = {}
     if path := given.pop("config", None):
-        try:
-            with open(path, "rb") as f:
-                file = tomllib.load(f)
-        except (OSError, ValueError, RecursionError) as error:
-            raise SystemExit(f"{path}: cannot read this config: {error}")
+        with blaming(f"{path}: cannot read this config"), open(path, "rb") as f:
+            file = tomllib.load(f)
         stages = ("prepare", "model", "pretrain", "sft", "reward", "ppo", "sample")
         for name in file:
             if name in stages and not isinstance(file[name], dict):
@@ -1004,6 +1001,15 @@ def need(path, command):
     if not os.path.exists(path):
         raise SystemExit(f"no {path}: run {command} first")
     return path
+
+
+@contextlib.contextmanager
+def blaming(message):
+    """Within it, what goes wrong is the fault of a file: the program ends in one line, the message and the error."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"{message} ({type(error).__name__}: {error})")
 
 
 def load_checkpoint(path, command, tokenizer_hash=None):

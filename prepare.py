@@ -46,7 +46,7 @@ import regex  # comes with tiktoken; the tokenizer's pattern needs its Unicode c
 import tiktoken
 import torch
 
-from model import IGNORE, Run, RunConfig, generate, load_config, need, option, write_file
+from model import IGNORE, Run, RunConfig, blaming, generate, load_config, need, option, write_file
 
 
 @dataclass
@@ -94,19 +94,12 @@ class PrepareConfig(RunConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny world
 
+WORLD_FAULT = "--world={} cannot be used: mend it, or compare it with configs/world.toml"
+
+
 def beside(path):
     """A file of the project, looked up beside this script where it is not found from here."""
     return path if os.path.exists(path) else os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
-
-
-@contextlib.contextmanager
-def blaming(path):
-    """Within it, what goes wrong is the fault of the world file."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise SystemExit(f"--world={path} cannot be used ({type(error).__name__}: {error}): mend it, or compare it "
-                         "with configs/world.toml")
 
 
 def fill(template, **slots):
@@ -195,7 +188,7 @@ def world_documents(world, creatures, config, reserved, rng):
         make, c = rng.choices(kinds, weights)[0], rng.choice(creatures)
         if make is spoil and len(past) < 20:
             continue
-        with blaming(config.world):
+        with blaming(WORLD_FAULT.format(config.world)):
             text, label = make(c) if make is spoil else (make(c), "")
         if not label:
             if text in told:  # chance said the same twice: that would be a duplicate, too
@@ -642,33 +635,27 @@ def save_tokenizer(path, tokens):
 
 def load_tokenizer(out_dir):
     path = need(os.path.join(out_dir, "tokenizer.tiktoken"), "python prepare.py")
-    try:
-        with open(path, "rb") as f:
-            lines = [line.split() for line in f.read().splitlines()]
+    with blaming(f"{path} cannot be read as a tokenizer: run python prepare.py again"), open(path, "rb") as f:
+        lines = [line.split() for line in f.read().splitlines()]
         tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
         ranks, single = [int(rank) for _, rank in lines], {bytes([b]) for b in range(256)}
         if ranks != list(range(len(lines))) or set(tokens[:256]) != single:
             raise ValueError("the ranks are not complete")
         return Tokenizer(tokens)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as a tokenizer ({error}): run python prepare.py again")
 
 
 def load_tokens(out_dir, split):
     """The token ids of train.bin or val.bin, mapped into memory, and data.json."""
-    need(os.path.join(out_dir, "data.json"), "python prepare.py")
+    about = need(os.path.join(out_dir, "data.json"), "python prepare.py")
     path = need(os.path.join(out_dir, f"{split}.bin"), "python prepare.py")
-    try:
-        with open(os.path.join(out_dir, "data.json"), encoding="utf-8") as f:
-            data = json.load(f)
+    with blaming(f"{path} does not fit {about}: run python prepare.py again"), open(about, encoding="utf-8") as f:
+        data = json.load(f)
         tokens = np.memmap(path, dtype=data["dtype"], mode="r")
         if len(tokens) != data[split]["tokens"]:
             raise ValueError(f"{len(tokens)} tokens instead of {data[split]['tokens']}")
         if zlib.crc32(tokens) != data[split]["checksum"]:
             raise ValueError("its checksum is another one")
         data["tokenizer"], data["byte_entropy"], data["val"]["bytes"], data["val"]["characters"]  # which stages read
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path} does not fit {out_dir}/data.json ({error}): run python prepare.py again")
     return tokens, data
 
 
@@ -700,12 +687,10 @@ def read_jsonl(path, command="python prepare.py", check=dict.keys):
     records = []
     with open(need(path, command), "rb") as f:
         for number, line in enumerate(f, 1):
-            try:
+            with blaming(f"{path}, line {number}: not JSON as it should be: mend or remove the line, or run {command} "
+                         "again"):
                 records.append(json.loads(line))
                 check(records[-1])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise SystemExit(f"{path}, line {number}: not JSON as it should be ({type(error).__name__}: {error}): "
-                                 f"mend or remove the line, or run {command} again")
     return records
 
 
@@ -851,11 +836,9 @@ def read_scorecard(out_dir):
     path = os.path.join(out_dir, "scorecard.json")
     if not os.path.exists(path):
         return {}
-    try:
+    with blaming(f"{path} cannot be read: mend or remove it; the stages' models are whole"):
         with open(path, encoding="utf-8") as f:
             return {stage: dict(figures) for stage, figures in json.load(f).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{path} cannot be read ({error}): mend or remove it; the stages' models are whole")
 
 
 def update_scorecard(out_dir, stage, figures):
@@ -1337,7 +1320,7 @@ def main():
             paths = find_files(config.text, run.path("downloads"))
             documents = show_progress(read_documents(paths, config, problems), sum(map(size_of, paths)))
         else:
-            with blaming(config.world), open(beside(config.world), "rb") as f:
+            with blaming(WORLD_FAULT.format(config.world)), open(beside(config.world), "rb") as f:
                 world = tomllib.load(f)
                 creatures = make_creatures(world, config.creatures, rng)
                 demonstrations, prompts, held_out = world_prompts(world, creatures, config, rng)
