@@ -13,8 +13,6 @@ It reads pretrain.pt and sft.jsonl and writes sft.pt (best by validation loss) a
 import math
 from dataclasses import dataclass
 
-import torch
-
 from model import (IGNORE, LanguageModel, Optimizers, Run, TrainConfig, epoch_batches, learning_rate_factor,
                    load_checkpoint, load_config, option, pad, restore)
 from prepare import as_messages, load_tokenizer, read_jsonl, render, scorecard

@@ -16,7 +16,7 @@ import torch
 
 from model import load_checkpoint
 from prepare import load_tokens
-from test_chain import (ENVIRONMENT, INPUTS, OPTIONS, PIPES, PREPARED, ROOT, TORCHRUN, assert_identical, command, copy,
+from test_chain import (INPUTS, OPTIONS, PIPES, PREPARED, ROOT, TORCHRUN, assert_identical, command, copy,
                         fail, finish, folder, load, needs_torchrun, read_log, succeed)  # noqa: F401
 from test_prepare import one_line
 

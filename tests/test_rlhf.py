@@ -1,20 +1,17 @@
 """The mathematics of sft.py, reward.py and ppo.py: numbers worked out by hand, and what must not change anything."""
 
-import itertools
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 
 import ppo
 import reward
 import sft
 from helpers import Recorder, close, float64, gradients, ppo_run, tiny
-from model import (IGNORE, LanguageModel, ModelConfig, Optimizers, Run, RunConfig, ScalarModel, generate,
-                   learning_rate_factor, pad)
+from model import IGNORE, LanguageModel, Optimizers, ScalarModel, generate, pad
 from ppo import (adapted_kl_coefficient, gae, kl_estimates, masked_mean, policy_loss, token_rewards, value_loss, whiten)
 from prepare import Tokenizer, prompt_ids, rubric_score
 from sample import best_of_n_kl
