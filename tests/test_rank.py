@@ -53,7 +53,7 @@ def visit(browser, tmp_path):
 
 
 def response(text, ended=True):
-    return dict(text=text, tokens=[1, 2, len(text)], model="secret-model.pt", ended=ended, temperature=1.0, seed=1)
+    return dict(text=text, tokens=[*map(ord, text), 0], model="secret-model.pt", ended=ended, temperature=1.0, seed=1)
 
 
 def make_samples(n, n_responses=4):
@@ -105,7 +105,8 @@ def download(page, name="rankings-Ada.jsonl"):
     text = downloading.value.path().read_bytes().decode("utf-8")
     assert text == "" or text.endswith("\n")
     lines = [json.loads(line) for line in text.split("\n")[:-1]]
-    assert read_rankings([downloading.value.path()], SimpleNamespace(size=1000)) == lines      # none is dropped
+    letters = SimpleNamespace(size=2**21, text=lambda tokens: "".join(map(chr, tokens)).removesuffix("\0"))
+    assert read_rankings([downloading.value.path()], letters) == lines      # none is dropped
     for line in lines:
         assert list(line) == FIELDS
         indices = list(range(len(line["responses"])))
