@@ -509,7 +509,8 @@ class Optimizers:
             if not (shard and dist.is_initialized()):
                 return optimizer(params, **settings)
             from torch.distributed.optim import ZeroRedundancyOptimizer
-            return ZeroRedundancyOptimizer(params, optimizer, **settings)
+            # Each process sends its part in one piece, not weight by weight.
+            return ZeroRedundancyOptimizer(params, optimizer, parameters_as_bucket_view=True, **settings)
 
         inner, matrices, vectors = [], [], []
         for name, p in model.named_parameters():
