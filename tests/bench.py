@@ -15,12 +15,13 @@ Shapes: S = 4 layers × 128, context 256, batch 16, vocabulary 2,048 (1.05 M par
 256, batch 8, vocabulary 8,192 (13.8 M). Half as many key heads and an MLP three times as wide as the model give a
 block the 12·C² weights of nanoGPT's. Tokens are random.
 
-A row is a line of JSON; at the end all are a table. Contenders run in turn, A B C A B C …, in one process, and
-figures are medians over the blocks. `ratio` is the speed over that of nanoGPT, else of trl or Hugging Face (all in
-fp32 and on random weights of the same shape; the latter two run the very Qwen3), or of tiktoken's own batches. `mfu` is
-6·N FLOPs a token and those of attention, over the rate of a large matrix product of the same precision on all threads;
-`mfu_fp32` is over that of fp32. `peak_mb` is the peak memory of a process of its own, PyTorch with it (on CUDA: of the
-tensors on the GPU). nanoGPT has PyTorch's default threads; the project computes micro-batches on threads of their own, as Run does.
+A row is a line of JSON; at the end all are a table. Contenders run in turn, A B C A B C …, each in a process of its
+own, as its user runs it, while the others wait; figures are medians over the blocks. `ratio` is the speed over that of
+nanoGPT, else of trl or Hugging Face (all in fp32 and on random weights of the same shape; the latter two run the very
+Qwen3), or of tiktoken's own batches. `mfu` is 6·N FLOPs a token and those of attention, over the rate of a large
+matrix product of the same precision on all threads; `mfu_fp32` is over that of fp32. `peak_mb` is the peak memory of
+the process, PyTorch with it (on CUDA: of the tensors on the GPU). Peers have PyTorch's default threads; the project
+computes micro-batches on threads of their own, as Run does.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -100,11 +102,47 @@ def peak_mb():
 class Contender:
     name: str
     call: callable         # one step, generation or iteration
-    tokens: int            # of one call
-    threads: int           # of each operation; the project's pool runs several at once
+    tokens: int = 0        # of one call
     flops: float = 0.0     # of one token
     parameters: int = 0
     split: dict = field(default_factory=dict)  # seconds of the parts of each call
+
+    def block(self, calls):
+        """Seconds a call."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+
+class Alone:
+    """A contender in a process of its own: it finds nobody else's threads, memory or settings."""
+
+    def __init__(self, *job):
+        context, self.name = multiprocessing.get_context("spawn"), job[2]
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=self.serve, args=(there, job), daemon=True)
+        self.process.start()
+        there.close()
+
+    @staticmethod
+    def serve(pipe, job):
+        contender = make(*job)
+        while calls := pipe.recv():
+            pipe.send(contender.block(calls))
+        split = {part: statistics.median(times[2:]) for part, times in contender.split.items()}
+        pipe.send(dict(tokens=contender.tokens, flops=contender.flops, parameters=contender.parameters, split=split,
+                       peak_mb=peak_mb()))
+
+    def block(self, calls):
+        self.pipe.send(calls)
+        return self.pipe.recv()
+
+    def end(self):
+        """The figures of the process, which then ends."""
+        return SimpleNamespace(**self.block(0))
 
 
 def make_run(config_class, stage, variant="", **options):
@@ -144,14 +182,14 @@ def nanogpt(bench, shape, path):
     spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(path, "model.py"))
     module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    device, T = make_run(PretrainConfig, "pretrain").device, shape["block_size"]
+    device, T = torch.device("cuda" if torch.cuda.is_available() else "cpu"), shape["block_size"]
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     with contextlib.redirect_stdout(io.StringIO()):
         model = module.GPT(module.GPTConfig(dropout=0.0, bias=False, **{k: shape[k] for k in keys})).to(device)
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     if bench == "generate":
         prompts = torch.from_numpy(random_tokens(shape, PROMPTS, PROMPT).astype(np.int64)).to(device)
-        return Contender("nanoGPT", lambda: model.eval().generate(prompts, NEW), PROMPTS * NEW, THREADS)
+        return Contender("nanoGPT", lambda: model.eval().generate(prompts, NEW), PROMPTS * NEW)
     config, text, steps = SimpleNamespace(seed=1, **shape), random_tokens(shape, 1_000_000), itertools.count()
 
     def call():
@@ -162,7 +200,7 @@ def nanogpt(bench, shape, path):
         optimizer.zero_grad(set_to_none=True)
 
     n = model.get_num_params()
-    return Contender("nanoGPT", call, shape["batch_size"] * T, THREADS,
+    return Contender("nanoGPT", call, shape["batch_size"] * T,
                      6 * n + 12 * shape["n_layer"] * shape["n_embd"] * T, n)
 
 
@@ -185,7 +223,7 @@ def hugging_face(shape):
     with torch.no_grad():
         assert (theirs(prompts).logits - own(prompts)).abs().max() < 1e-4
     options = dict(attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=NEW)
-    return Contender(HF, lambda: theirs.generate(prompts, **options), PROMPTS * NEW, THREADS)
+    return Contender(HF, lambda: theirs.generate(prompts, **options), PROMPTS * NEW)
 
 
 def trl_ppo(shape):
@@ -213,7 +251,7 @@ def trl_ppo(shape):
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
 
-    return Contender(TRL, call, PROMPTS * NEW, THREADS)
+    return Contender(TRL, call, PROMPTS * NEW)
 
 
 def pretrain(shape, variant):
@@ -237,7 +275,7 @@ def pretrain(shape, variant):
 
     n = sum(p.numel() for p in model.parameters())
     assert abs(n / (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd) - 1) < 0.05  # nanoGPT's
-    return Contender(variant, call, n_targets, THREADS, flops_per_token(model, config.block_size), n)
+    return Contender(variant, call, n_targets, flops_per_token(model, config.block_size), n)
 
 
 def generation(shape, variant):
@@ -247,13 +285,13 @@ def generation(shape, variant):
     tokenizer, asked = records(shape)
     prompts, uniforms = [r["prompt"] for r in asked], run.uniforms(PROMPTS, NEW, 1)
     if "respond" in variant:
-        return Contender(variant, lambda: prepare.respond(model, tokenizer, asked, run, 1), PROMPTS * NEW, THREADS)
+        return Contender(variant, lambda: prepare.respond(model, tokenizer, asked, run, 1), PROMPTS * NEW)
 
     def call():
         with run.autocast():
             generate(model, prompts, NEW, -1, uniforms, 1.0)
 
-    return Contender(variant, call, PROMPTS * NEW, THREADS)
+    return Contender(variant, call, PROMPTS * NEW)
 
 
 def ppo(shape, variant):
@@ -280,7 +318,7 @@ def ppo(shape, variant):
         part("update_s", ppo_stage.ppo_step, (policy, value_model), optimizers, rows, step, 1.0,
              np.random.default_rng(step), config.kl_coefficient)
 
-    return Contender(variant, call, PROMPTS * NEW, THREADS, split=split)
+    return Contender(variant, call, PROMPTS * NEW, split=split)
 
 
 def make(bench, shape, variant, against):
@@ -293,36 +331,13 @@ def make(bench, shape, variant, against):
 
 def race(contenders, blocks, seconds):
     """The median seconds of a call of each, over blocks in turn that take about `seconds` for each contender in all."""
-    def block(contender, calls):
-        torch.set_num_threads(contender.threads)
-        torch.set_flush_denormal(contender.name != "nanoGPT")  # Run asks for it
-        start = time.perf_counter()
-        for _ in range(calls):
-            contender.call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
-
     calls, times = [], [[] for _ in contenders]
     for contender in contenders:
-        once = block(contender, 1)  # slower than later ones
-        calls.append(max(1, round(seconds / blocks / block(contender, 1))) if once < seconds / blocks else 1)
-        contender.split.clear()
+        once = contender.block(1)  # slower than later ones
+        calls.append(max(1, round(seconds / blocks / contender.block(1))) if once < seconds / blocks else 1)
     for i in list(range(len(contenders))) * blocks:
-        times[i].append(block(contenders[i], calls[i]))
+        times[i].append(contenders[i].block(calls[i]))
     return [statistics.median(t) for t in times]
-
-
-def alone(**job):
-    """Run one contender in a process of its own: the figures that run_alone prints."""
-    done = subprocess.run([sys.executable, __file__, "--alone=" + json.dumps(job)], stdout=subprocess.PIPE, check=True)
-    return SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def run_alone(bench, shape, variant, against="", blocks=1, seconds=0.0):
-    c = make(bench, shape, variant, against)
-    print(json.dumps(dict(seconds=race([c], blocks, seconds)[0], peak_mb=peak_mb(), parameters=c.parameters,
-                          flop=c.flops * c.tokens, tokens=c.tokens)))
 
 
 def compete(args):
@@ -340,24 +355,29 @@ def compete(args):
         variants.insert("nanoGPT" in variants, HF if bench == "generate" else TRL)
     ceilings = {v: ceiling("bf16" if v.startswith("bf16") else "fp32") for v in variants if bench == "pretrain"}
     for name in [args.shape] if args.shape else SHAPES:
-        contenders = [make(bench, SHAPES[name], variant, args.against) for variant in variants]
+        contenders = [Alone(bench, SHAPES[name], variant, args.against) for variant in variants]
         seconds = race(contenders, args.blocks, args.seconds)
-        for c, s in zip(contenders, seconds):
-            row = dict(bench=bench, shape=name, variant=c.name, tokens_per_s=c.tokens / s, seconds=s)
-            row.update({part: statistics.median(times) for part, times in c.split.items()})
+        for variant, c, s in zip(variants, [contender.end() for contender in contenders], seconds):
+            row = dict(bench=bench, shape=name, variant=variant, tokens_per_s=c.tokens / s, seconds=s, **c.split)
             if ceilings:
-                row.update(mfu=c.flops * c.tokens / s / ceilings[c.name],
+                row.update(mfu=c.flops * c.tokens / s / ceilings[variant],
                            mfu_fp32=c.flops * c.tokens / s / ceiling("fp32"))
             if variants[0] in ("nanoGPT", HF, TRL):
                 row["ratio"] = seconds[0] / s
-            emit(**row, peak_mb=alone(bench=bench, shape=SHAPES[name], variant=c.name, against=args.against).peak_mb)
+            emit(**row, peak_mb=c.peak_mb)
 
 
 def cost(args):
     """Steps of one model after another, each in a process of its own; one of size, context and batch differs from S."""
     variant = "bf16" if make_run(PretrainConfig, "pretrain").dtype == torch.bfloat16 else "fp32"
-    peak, measure = ceiling(variant), functools.cache(lambda shape: alone(
-        bench="pretrain", shape=dict(shape), variant=variant, blocks=3, seconds=args.seconds / 4))
+    peak = ceiling(variant)
+
+    @functools.cache
+    def measure(shape):
+        contender = Alone("pretrain", dict(shape), variant, "")
+        seconds, = race([contender], 3, args.seconds / 4)
+        return seconds, contender.end()
+
     sizes = ((3, 64), (4, 128), (6, 192), (6, 320), (9, 512))
     axes = dict(parameters=[dict(n_layer=n, n_embd=c, n_head=c // 32, n_kv_head=c // 64, n_inner=3 * c)
                             for n, c in sizes],
@@ -365,11 +385,12 @@ def cost(args):
                 batch=[dict(batch_size=B) for B in (4, 8, 16, 32, 64)])
     for axis, change in ((axis, change) for axis, changes in axes.items() for change in changes):
         shape = SHAPES["S"] | change
-        cell = measure(tuple(shape.items()))
+        seconds, cell = measure(tuple(shape.items()))
+        flop = cell.flops * cell.tokens
         here = dict(parameters=cell.parameters, context=shape["block_size"], batch=shape["batch_size"])
-        emit(bench="cost", shape=f"{axis} {here[axis]:,}", variant=variant, tokens_per_s=cell.tokens / cell.seconds,
-             seconds=cell.seconds, gflop_6nt=6e-9 * cell.parameters * cell.tokens, mfu=cell.flop / cell.seconds / peak,
-             gflop_per_s=cell.flop / cell.seconds / 1e9, peak_mb=cell.peak_mb, axis=axis, **here)
+        emit(bench="cost", shape=f"{axis} {here[axis]:,}", variant=variant, tokens_per_s=cell.tokens / seconds,
+             seconds=seconds, gflop_6nt=6e-9 * cell.parameters * cell.tokens, mfu=flop / seconds / peak,
+             gflop_per_s=flop / seconds / 1e9, peak_mb=cell.peak_mb, axis=axis, **here)
     if args.plot:
         plot([row for row in ROWS if row["bench"] == "cost"], axes, peak / 1e9)
 
@@ -426,7 +447,7 @@ def tokenizer(args):
     os.makedirs(run.config.out_dir, exist_ok=True)
     with open(run.path("train.txt.tmp"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps(text) + "\n" for text in texts)
-    contenders = [Contender(name, call, size, THREADS) for name, call in {
+    contenders = [Contender(name, call) for name, call in {
         f"train_bpe, {own.size:,} tokens": lambda: prepare.train_bpe(texts, 4096 - len(prepare.SPECIAL)),
         "tiktoken, one by one": lambda: [own.encode(text) for text in texts],
         "tiktoken, all threads": encode,
@@ -452,9 +473,9 @@ def clean(args):
         return list(prepare.clean(prepare.ahead(pool, inspect, batches) if pool else map(inspect, batches), config, {}))
 
     pool = ProcessPoolExecutor(os.cpu_count(), initializer=prepare.begin_worker)
-    contenders = [Contender("clean, one process", lambda: clean_on(None), 0, THREADS),
-                  Contender("clean, as prepare.py", lambda: clean_on(pool), 0, THREADS),
-                  Contender("near duplicates alone", near_duplicates, 0, THREADS)]
+    contenders = [Contender("clean, one process", lambda: clean_on(None)),
+                  Contender("clean, as prepare.py", lambda: clean_on(pool)),
+                  Contender("near duplicates alone", near_duplicates)]
     for c, s in zip(contenders, race(contenders, args.blocks, 0)):
         emit(bench="clean", variant=c.name, docs_per_s=len(documents) / s, seconds=s, peak_mb=peak_mb())
 
@@ -504,10 +525,7 @@ def main():
     parser.add_argument("--megabytes", type=float, default=10, help="tokenizer: of text")
     parser.add_argument("--documents", type=int, default=20_000, help="clean: documents")
     parser.add_argument("--plot", action="store_true", help="cost: write cost.png")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.alone:
-        return run_alone(**json.loads(args.alone))
     if args.bench != "all":
         BENCHES[args.bench](args)
         return print_table()
