@@ -17,11 +17,11 @@ block the 12·C² weights of nanoGPT's. Tokens are random.
 
 A row is a line of JSON; at the end all are a table. Contenders run in turn, A B C A B C …, each in a process of its
 own, as its user runs it, while the others wait; figures are medians over the blocks. `ratio` is the speed over that of
-nanoGPT, else of trl or Hugging Face (all in fp32 and on random weights of the same shape; the latter two run the very
-Qwen3), or of tiktoken's own batches. `mfu` is 6·N FLOPs a token and those of attention, over the rate of a large
-matrix product of the same precision on all threads; `mfu_fp32` is over that of fp32. `peak_mb` is the peak memory of
-the process, PyTorch with it (on CUDA: of the tensors on the GPU). Peers have PyTorch's default threads; the project
-computes micro-batches on threads of their own, as Run does.
+nanoGPT in the same round, else of trl or Hugging Face (all in fp32 and on random weights of the same shape; the latter
+two run the very Qwen3), or of tiktoken's own batches. `mfu` is 6·N FLOPs a token and those of attention, over the rate
+of a large matrix product of the same precision on all threads; `mfu_fp32` is over that of fp32. `peak_mb` is the peak
+memory of the process, PyTorch with it (on CUDA: of the tensors on the GPU). Peers have PyTorch's default threads; the
+project computes micro-batches on threads of their own, as Run does.
 """
 
 import argparse
@@ -330,14 +330,14 @@ def make(bench, shape, variant, against):
 
 
 def race(contenders, blocks, seconds):
-    """The median seconds of a call of each, over blocks in turn that take about `seconds` for each contender in all."""
+    """Seconds a call in each block, for each: blocks in turn that take about `seconds` for each contender in all."""
     calls, times = [], [[] for _ in contenders]
     for contender in contenders:
         once = contender.block(1)  # slower than later ones
         calls.append(max(1, round(seconds / blocks / contender.block(1))) if once < seconds / blocks else 1)
     for i in list(range(len(contenders))) * blocks:
         times[i].append(contenders[i].block(calls[i]))
-    return [statistics.median(t) for t in times]
+    return times
 
 
 def compete(args):
@@ -356,14 +356,15 @@ def compete(args):
     ceilings = {v: ceiling("bf16" if v.startswith("bf16") else "fp32") for v in variants if bench == "pretrain"}
     for name in [args.shape] if args.shape else SHAPES:
         contenders = [Alone(bench, SHAPES[name], variant, args.against) for variant in variants]
-        seconds = race(contenders, args.blocks, args.seconds)
-        for variant, c, s in zip(variants, [contender.end() for contender in contenders], seconds):
+        times = race(contenders, args.blocks, args.seconds)
+        for variant, c, t in zip(variants, [contender.end() for contender in contenders], times):
+            s = statistics.median(t)
             row = dict(bench=bench, shape=name, variant=variant, tokens_per_s=c.tokens / s, seconds=s, **c.split)
             if ceilings:
                 row.update(mfu=c.flops * c.tokens / s / ceilings[variant],
                            mfu_fp32=c.flops * c.tokens / s / ceiling("fp32"))
             if variants[0] in ("nanoGPT", HF, TRL):
-                row["ratio"] = seconds[0] / s
+                row["ratio"] = statistics.median(peer / own for peer, own in zip(times[0], t))
             emit(**row, peak_mb=c.peak_mb)
 
 
@@ -375,8 +376,8 @@ def cost(args):
     @functools.cache
     def measure(shape):
         contender = Alone("pretrain", dict(shape), variant, "")
-        seconds, = race([contender], 3, args.seconds / 4)
-        return seconds, contender.end()
+        times, = race([contender], 3, args.seconds / 4)
+        return statistics.median(times), contender.end()
 
     sizes = ((3, 64), (4, 128), (6, 192), (6, 320), (9, 512))
     axes = dict(parameters=[dict(n_layer=n, n_embd=c, n_head=c // 32, n_kv_head=c // 64, n_inner=3 * c)
@@ -452,7 +453,7 @@ def tokenizer(args):
         "tiktoken, one by one": lambda: [own.encode(text) for text in texts],
         "tiktoken, all threads": encode,
         "prepare.py, to the file": lambda: prepare.encode_side(run, "train", own, np.uint16)}.items()]
-    seconds = race(contenders, args.blocks, 0)
+    seconds = list(map(statistics.median, race(contenders, args.blocks, 0)))
     for c, s in zip(contenders, seconds):
         emit(bench="tokenizer", shape=f"{size / 1e6:.1f} MB", variant=c.name, seconds=s, mb_per_s=size / 1e6 / s,
              **(dict(peak_mb=peak_mb()) if "bpe" in c.name else dict(ratio=seconds[2] / s)))
@@ -476,7 +477,8 @@ def clean(args):
     contenders = [Contender("clean, one process", lambda: clean_on(None)),
                   Contender("clean, as prepare.py", lambda: clean_on(pool)),
                   Contender("near duplicates alone", near_duplicates)]
-    for c, s in zip(contenders, race(contenders, args.blocks, 0)):
+    for c, times in zip(contenders, race(contenders, args.blocks, 0)):
+        s = statistics.median(times)
         emit(bench="clean", variant=c.name, docs_per_s=len(documents) / s, seconds=s, peak_mb=peak_mb())
 
 
