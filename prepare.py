@@ -911,16 +911,18 @@ def find_files(sources, folder, kinds=(".txt", ".md", ".json", ".jsonl", ".html"
     """The files that a list of sources means: files, folders, globs and URLs, separated by commas."""
     paths = []
     for source in filter(None, map(str.strip, sources.split(","))):
-        folder_of = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else ""
+        pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
         if re.match("https?://", source, re.I):
             found = [download(source, folder)]
+        elif os.path.isfile(source):
+            found = [source]
         else:
-            found = [source] if os.path.isfile(source) else sorted(
-                filter(os.path.isfile, glob.glob(folder_of or source, recursive=True)))
-        if folder_of:
-            known = [path for path in found if kind_of(path) in kinds]
-            print(f"  {source}: {len(found) - len(known)} files of other kinds left out\n" * (known != found), end="")
-            found = known
+            found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if pattern != source:  # of a folder, the files of a known kind
+            others = [path for path in found if kind_of(path) not in kinds]
+            found = [path for path in found if kind_of(path) in kinds]
+            if others:
+                print(f"  {source}: {len(others)} files of other kinds left out")
         if not found:
             raise SystemExit(f"{source} matches no file")
         paths += found
@@ -1186,8 +1188,9 @@ def as_messages(record, fields):
         if {"instruction", "output"} <= record.keys():
             ask, answer = "instruction", "output"
         messages = as_user(record[ask])
-        more = (record[name] for name in ("input", "context") if record.get(name) and isinstance(record[name], str))
-        messages[-1]["content"] = "\n\n".join(filter(None, [messages[-1]["content"], *more]))
+        more = [record.get(name) for name in ("input", "context") if name not in (ask, answer)]
+        said = [messages[-1]["content"], *(text for text in more if isinstance(text, str))]
+        messages[-1]["content"] = "\n\n".join(filter(None, said))
         messages.append(dict(role="assistant", content=record[answer]))
     if not all(m["role"] in ("system", "user", "assistant") and m["content"].strip() for m in messages):
         raise ValueError("an empty turn, or a role other than system, user, assistant")
@@ -1199,7 +1202,7 @@ def as_messages(record, fields):
 def as_prompt(record, ask="prompt"):
     """What a record asks, in the field `ask`, in "prompt", or as Alpaca does, as messages that have been checked."""
     name = next((name for name in (ask, "prompt", "instruction") if name in record), "prompt")
-    more = {name: record[name] for name in ("input", "context") if name in record}
+    more = {key: record[key] for key in ("input", "context") if key in record and key != name}
     return as_messages(dict(more, prompt=record[name], response="-"), "prompt,response")[:-1]
 
 

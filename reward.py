@@ -158,6 +158,10 @@ def compared(record):
 def human_annotator(samples, path, name):
     """Show each prompt with its responses in random order and take down the ranking; every line is saved at once."""
     earlier = read_jsonl(path, "python reward.py", check_sample) if os.path.exists(path) else []
+    if earlier:
+        with open(path, "rb+") as f:
+            f.seek(-1, os.SEEK_END)
+            f.write(b"\n" if f.read() != b"\n" else b"")  # somebody's editor may have taken the last line's end
     done = {compared(r) for r in earlier if r.get("annotator") == name}
     todo = with_repeats([s for s in samples if compared(s) not in done and len(s["responses"]) > 1])
     print(f"\n{name}: {len(todo)} prompts to rank. Order the responses from best to worst by helpfulness, accuracy\n"
@@ -192,9 +196,7 @@ def human_annotator(samples, path, name):
                 continue
             line = make_ranking(sample, [[order[shown] for shown in group] for group in groups], name, order,
                                 time.time() - started, skipped=answer == "s", flagged=flagged, repeat=repeat)
-            with open(path, "ab+", buffering=0) as f:
-                f.seek(max(0, f.tell() - 1))
-                f.write(b"\n" * (f.read() not in (b"", b"\n")))  # somebody's editor has taken the last line's end
+            with open(path, "ab", buffering=0) as f:
                 saved.append(f.tell())
                 f.write(to_jsonl([line]).encode())
                 os.fsync(f.fileno())

@@ -359,6 +359,8 @@ USER, ASSISTANT = dict(role="user", content="Why?"), dict(role="assistant", cont
     ({"instruction": "Sum", "input": "1, 2", "output": "3"}, "prompt,response",
      [dict(role="user", content="Sum\n\n1, 2"), dict(role="assistant", content="3")]),
     ({"instruction": "Why?", "context": "", "response": "Because."}, "instruction,response", [USER, ASSISTANT]),
+    ({"input": "Why?", "output": "Because."}, "input,output", [USER, ASSISTANT]),
+    ({"context": "Why?", "answer": "Because.", "input": ["no", "text"]}, "context,answer", [USER, ASSISTANT]),
     ({"instruction": "Sum", "context": "1, 2", "response": "3"}, "instruction,response",
      [dict(role="user", content="Sum\n\n1, 2"), dict(role="assistant", content="3")]),
     ({"messages": [dict(role="system", content="Be brief."), USER, ASSISTANT, USER, ASSISTANT]}, "prompt,response",
@@ -366,6 +368,9 @@ USER, ASSISTANT = dict(role="user", content="Why?"), dict(role="assistant", cont
 def test_demonstrations_of_all_forms(record, fields, expected):
     """Messages, pairs by the names of their fields, Alpaca's instructions with and without an input."""
     assert as_messages(record, fields) == expected
+    ask = fields.split(",")[0]
+    if ask in record:                                               # and what it asks is the same for --prompts
+        assert prepare.as_prompt(record, ask) == expected[:-1]
 
 
 @pytest.mark.parametrize("record", [
