@@ -17,7 +17,7 @@ In shape comments: B sequences, T tokens, C channels (n_embd), H query heads, Hk
 heads, D channels per head, V tokens. At first, skip what follows "Options".
 """
 
-import argparse, atexit, difflib, functools, json, math, os, shlex, signal, sys, time, tomllib
+import argparse, atexit, difflib, functools, gc, json, math, os, shlex, signal, sys, time, tomllib
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -248,8 +248,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     probs = F.softmax(logits.float() / temperature, dim=-1)
     if top_k:
-        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0)
+        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.shape[-1])).values[:, -1:], 0)
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # what all likelier tokens have together
@@ -527,6 +526,7 @@ class Run:
             device = dict(device_id=self.device) if kind == "cuda" else {}
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", **device)
             atexit.register(dist.destroy_process_group)
+            atexit.register(gc.collect)  # runs first: DDP must be gone before gloo's threads are
         torch.set_float32_matmul_precision("high")
         self.dtype, self.why = choose_dtype(self.device, config.dtype)
         if self.sum(float(self.dtype == torch.float32)) > 0:
