@@ -236,7 +236,7 @@ def main():
     # the noise that is left would be blown up.
     rates = (policy, config.learning_rate), (value_model, config.value_learning_rate)
     optimizers = [Optimizer(model, rate, config.muon_learning_rate, config.weight_decay,
-                            betas=(0.9, 0.999), eps=1e-5) for model, rate in rates]
+                            (0.9, 0.999), eps=1e-5, dtype=run.dtype) for model, rate in rates]
     parts = dict(model=policy, optimizer=optimizers[0], value_model=value_model,
                  value_optimizer=optimizers[1])
     step = run.start(tokenizer.hash, **parts).get("step", 0)

@@ -14,7 +14,7 @@ the rubric and scorecard by which every stage is measured.
 """
 
 import base64, functools, glob, gzip, hashlib, heapq, json, math, multiprocessing.pool, os, re
-import signal, threading, time, unicodedata, zlib
+import signal, time, unicodedata, zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -236,19 +236,14 @@ def inspect(document, config):
     key = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
     return text, spoiled, "", text != raw.strip(), key, minhash(text)
 
-def begin_worker():
-    """A process that cleans leaves Ctrl-C to its parent, and ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
 def clean(paths, config, kept_file):
     """Read all documents, write those to keep as lines of JSON, and report what was removed."""
     n = sum(1 for _ in read_documents(paths))
     near, keys = NearDuplicates(n, config.near_duplicate), set()
     rules, read, caught, repaired = {}, Counter(), Counter(), 0
     documents = read_documents(paths)
-    with multiprocessing.Pool(initializer=begin_worker) as pool:
+    # Ctrl-C is for the parent alone; when that ends, however it ends, so do its workers.
+    with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         while some := list(islice(documents, 256)):  # few at a time: a document may be a whole book
             results = pool.map(functools.partial(inspect, config=config), some, chunksize=16)
             for text, spoiled, fault, was_repaired, key, signature in results:

@@ -74,7 +74,7 @@ def main():
     model = LanguageModel(ModelConfig(**shape | dict(vocab_size=tokenizer.size))).to(run.device)
     model.model.recompute = config.recompute
     optimizer = Optimizer(model, config.learning_rate, config.muon_learning_rate,
-                          config.weight_decay, muon_momentum=config.muon_momentum)
+                          config.weight_decay, momentum=config.muon_momentum, dtype=run.dtype)
     checkpoint = run.start(tokenizer.hash, model=model, optimizer=optimizer)
     step, best = checkpoint.get("step", 0), checkpoint.get("best", math.inf)
     ddp_model = run.wrap(torch.compile(model, dynamic=False) if config.compile else model)

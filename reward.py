@@ -92,9 +92,7 @@ def simulated_annotator(samples, records, config):
 
     records: id → record with a rubric; samples of other prompts are passed over."""
     rng, rankings = random_stream(config.seed, "annotator"), []
-    for sample in samples:
-        if sample["id"] not in records:
-            continue
+    for sample in (sample for sample in samples if sample["id"] in records):
         record, responses = records[sample["id"]], sample["responses"]
         scores = [rubric_score(record, r["text"], r["ended"]) for r in responses]
         noisy = scores + config.annotator_noise * rng.gumbel(size=len(scores))
@@ -205,7 +203,8 @@ def train(run, config, tokenizer, model, optimizer, rankings, held_out, records)
     origin = dict(tokenizer=tokenizer.hash, parent="sft.pt")
     step = run.start(tokenizer.hash, model=model, optimizer=optimizer).get("step", 0)
     ddp_model = run.wrap(model)
-    lengths = [len(str(r["prompt"])) + len(r["responses"][0]["text"]) for r in rankings]  # roughly
+    lengths = [len(prompt_ids(tokenizer, r["prompt"]))
+               + max(len(response["tokens"]) for response in r["responses"]) for r in rankings]
     batch_size = min(config.batch_size, len(rankings))
     steps_per_epoch = len(rankings) // batch_size
     steps, batches = config.epochs * steps_per_epoch, None  # made when an epoch begins, or resumed
@@ -257,7 +256,7 @@ def train_reward_model(run, config, tokenizer):
     model = ScalarModel(model_config).to(run.device)
     model.load_state_dict(sft["model"], strict=False)  # the lower blocks; `score` is new
     optimizer = Optimizer(model, config.learning_rate, config.muon_learning_rate,
-                          config.weight_decay)
+                          config.weight_decay, dtype=run.dtype)
     annotators = ", ".join(sorted({r["annotator"] for r in rankings}))
     if run.main:
         print(f"{len(rankings):,} usable rankings, {len(held_out):,} held out, by {annotators}")

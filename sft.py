@@ -66,7 +66,7 @@ def main():
     run = Run(config)
     model = restore(LanguageModel, parent, run.device)
     optimizer = Optimizer(model, config.learning_rate, config.muon_learning_rate,
-                          config.weight_decay)
+                          config.weight_decay, dtype=run.dtype)
     checkpoint = run.start(tokenizer.hash, model=model, optimizer=optimizer)
     step, best = checkpoint.get("step", 0), checkpoint.get("best", math.inf)
     ddp_model = run.wrap(model)

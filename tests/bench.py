@@ -208,7 +208,7 @@ def pretraining(shape, variant):
     model = LanguageModel(model_config(shape)).to(run.device)
     muon_learning_rate = 0.0 if "AdamW" in variant else config.muon_learning_rate
     optimizer = Optimizer(model, config.learning_rate, muon_learning_rate, config.weight_decay,
-                          muon_momentum=config.muon_momentum)
+                          momentum=config.muon_momentum, dtype=run.dtype)
     ddp_model = run.wrap(torch.compile(model, dynamic=False) if config.compile else model)
     n_targets = config.batch_size * config.block_size
     tokens, steps = random_tokens(shape, 1_000_000), itertools.count()

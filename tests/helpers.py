@@ -125,7 +125,7 @@ def gradients_of_sft(out_dir, **options):
     """Run sft.py's own main() with an optimizer that moves nothing: the gradient of each step."""
     recorders = []
 
-    def recorder(*arguments):
+    def recorder(*arguments, dtype):
         recorders.append(Recorder(*arguments))
         return recorders[0]
 

@@ -685,7 +685,7 @@ def test_muon_steps_by_its_formula(shape):
     exactly."""
     torch.manual_seed(0)
     p, seen = nn.Parameter(torch.randn(shape, dtype=torch.float64)), []
-    optimizer = Muon([p], lr=0.05, momentum=0.9, weight_decay=0.3)
+    optimizer = Muon([p], lr=0.05, momentum=0.9, weight_decay=0.3, dtype=torch.float64)
     for _ in range(4):
         p.grad, old = torch.randn_like(p), p.detach().clone()
         seen.append(p.grad.clone())
