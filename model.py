@@ -5,16 +5,16 @@ The architecture is Qwen3's: a token embedding, then blocks of
     x = x + Attention(RMSNorm(x))     grouped-query attention, RMSNorm on queries and keys, rotary
     x = x + MLP(RMSNorm(x))           SwiGLU: down(silu(gate(x)) * up(x))
 
-then a last RMSNorm and a head. The modules carry Hugging Face's names, so a state dict saved here
-*is* a Qwen3 state dict. Two models stand on the same trunk: `LanguageModel` gives a logit to every
-token of the vocabulary; `ScalarModel` one number per position: how good a response is (the reward
-model), or how good it is expected to become (PPO's value function).
+then a last RMSNorm and a head. The modules carry Hugging Face's names: a LanguageModel's state dict
+*is* a Qwen3 state dict. Two models share this trunk's code, not its weights: `LanguageModel` gives
+a logit to every token of the vocabulary; `ScalarModel` one number per position: how good a response
+is (the reward model), or how good it is expected to become (PPO's value function).
 
 Sequences are aligned to the left and padded on the right, always. As attention is causal, padding
-on the right cannot reach what is before it: no attention mask is needed; positions are 0 … T-1.
+on the right cannot reach what is before it: only a KVCache needs a mask. Positions are 0 … T-1.
 
-In shape comments: B sequences, T tokens, C channels (n_embd), H query heads, Hkv key and value
-heads, D channels per head, V tokens. At first, skip what follows "Options".
+In shape comments: B sequences, T tokens, S keys, C channels (n_embd), H query and Hkv key heads, D
+channels a head, V vocabulary. Skip "Options" and what follows until pretrain.py leads back there.
 """
 
 import argparse, atexit, ctypes, difflib, functools, gc, json, math, os, shlex, signal, sys, time
@@ -76,14 +76,14 @@ def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √D) v over the keys that the mask (B, 1, T, S) allows; without a mask, causal.
     q (B, H, T, D); k, v (B, Hkv, S, D): each key head serves H / Hkv query heads.
     On a CPU in bfloat16 plain matrix products are a quarter faster than PyTorch's kernel."""
-    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:  # 0.0: no dropout; then: is it causal?
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, enable_gqa=True)
-    (B, H, T, D), (_, n, S, _) = q.shape, k.shape
+    (B, H, T, D), (_, Hkv, S, _) = q.shape, k.shape
     allowed = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask[:, :, None]
     bias = torch.where(allowed, 0.0, -torch.inf).to(q.dtype)                           # (…, T, S)
-    scores = (q.reshape(B, n, -1, D) @ k.mT).view(B, n, H // n, T, S)
-    weights = torch.add(bias, scores, alpha=D**-0.5).softmax(-1)               # (B, n, H/n, T, S)
-    return (weights.view(B, n, -1, S) @ v).view(B, H, T, D)
+    scores = (q.reshape(B, Hkv, -1, D) @ k.mT).view(B, Hkv, H // Hkv, T, S)
+    weights = torch.add(bias, scores, alpha=D**-0.5).softmax(-1)           # (B, Hkv, H/Hkv, T, S)
+    return (weights.view(B, Hkv, -1, S) @ v).view(B, H, T, D)
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -143,8 +143,8 @@ class Transformer(nn.Module):
         frequency = config.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)       # (D/2,)
         positions = np.arange(config.block_size + 7)                # `pad` may round T up by 7
         angle = np.tile(np.outer(positions, frequency), 2)                             # (T, D)
-        self.register_buffer("cos", torch.tensor(np.cos(angle), dtype=torch.float32), False)
-        self.register_buffer("sin", torch.tensor(np.sin(angle), dtype=torch.float32), False)
+        self.register_buffer("cos", torch.tensor(np.cos(angle)).float(), persistent=False)
+        self.register_buffer("sin", torch.tensor(np.sin(angle)).float(), persistent=False)
 
     def forward(self, tokens, cache=None):
         if cache is None:
@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
 
 class ScalarModel(nn.Module):
     """Trunk and one number per position: a value function; or, read at a sequence's last token
-    alone, a reward model."""
+    alone, a reward model. The trunk always comes from a checkpoint; only the head is new."""
     def __init__(self, config):
         super().__init__()
         self.model = Transformer(config)
@@ -215,12 +215,12 @@ class KVCache:
         self.shape = (config.n_layer, rows, config.n_kv_head, size, config.head_dim)
         self.keys = self.values = None  # made when the first ones come, in their dtype
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.longest = 0  # no row is longer; known without asking the device
+        self.longest = 0  # the longest live row at most, as an int: no wait for the GPU
     def extend(self, T):
         """Make room for T more tokens in each row; returns their positions (B, T)."""
         size, device = self.shape[3], self.lengths.device
         new = self.lengths[:, None] + torch.arange(T, device=device)                   # (B, T)
-        self.positions = new.clamp(max=size - 1)  # a row that has ended may stay on for a while
+        self.positions = new.clamp(max=size - 1)  # a prompt's padding, or a row that has ended
         self.lengths, self.longest = self.lengths + T, min(self.longest + T, size)
         self.read = min(-(-self.longest // 16) * 16, size)  # in steps of 16: few different shapes
         keys = torch.arange(self.read, device=device)
@@ -232,8 +232,8 @@ class KVCache:
         if self.keys is None:
             self.keys, self.values = k.new_zeros(self.shape), v.new_zeros(self.shape)
         rows = torch.arange(len(k), device=k.device)[:, None]                          # (B, 1)
-        self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)      # both (B, T, Hkv, D)
-        self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
+        self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)    # indexed axes come first:
+        self.values[layer][rows, :, self.positions] = v.transpose(1, 2)           # (B, T, Hkv, D)
         return self.keys[layer, :, :, :self.read], self.values[layer, :, :, :self.read], self.mask
     def keep(self, rows):
         """Drop all rows but these."""
@@ -299,9 +299,9 @@ def generate_tokens(model, prompts, max_new_tokens, stop, uniforms, temperature=
         active = active & (tokens != stop) & (lengths[rows] + step + 1 < config.block_size)
         if not active.any():
             break
-        if active.float().mean() < 0.8:  # leaving the batch copies the cache: not for a row or two
+        if active.float().mean() < 0.8:  # dropping rows copies the cache: not for a few of them
             cache.keep(active.to(device))
-            rows, tokens, active = rows[active], tokens[active], active[active]
+            rows, tokens, active = rows[active], tokens[active], active[active]  # now all are True
         hidden = model.model(tokens[:, None].to(device), cache).squeeze(1)             # (B, C)
 
 def generate(model, prompts, *settings, **more):
@@ -315,11 +315,11 @@ def generate(model, prompts, *settings, **more):
 # --------------------------------------------------------------------------------------------------
 # Optimizer
 def newton_schulz(x, steps=5):
-    """Push the singular values of each matrix of x (…, R, C) towards 1: each step maps a value s to
+    """Push the singular values of each matrix of x (…, R, C) near 1 (0.7 to 1.2): a step maps s to
     a·s + b·s³ + c·s⁵, by matrix products alone (Jordan et al. 2024, "Muon")."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
-    x = (x.mT if tall else x) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (x.mT if tall else x) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # s ≤ 1
     for _ in range(steps):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
@@ -335,13 +335,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for R, C in {p.shape for p in group["params"]}:  # those of one shape together: faster
+            for R, C in {p.shape for p in group["params"]}:  # one stack for each shape: faster
                 same = [p for p in group["params"] if p.shape == (R, C)]
                 gradients = torch.stack([p.grad for p in same])                        # (n, R, C)
                 momentum = self.state[same[0]].setdefault("momentum", torch.zeros_like(gradients))
                 momentum.lerp_(gradients, 1 - group["momentum"])
                 ahead = gradients.lerp(momentum, group["momentum"])  # Nesterov's look ahead
-                size = group["lr"] * max(1, R / C) ** 0.5
+                size = group["lr"] * max(1, R / C) ** 0.5  # as Jordan: tall matrices move more
                 for p, update in zip(same, newton_schulz(ahead.to(group["dtype"]))):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
 
@@ -397,7 +397,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    """What the training stages have in common, each in its own table, with defaults of its own."""
+    """Options of every training stage; a stage may override the defaults, in its class or table."""
     batch_size: int = option(32, "examples a step, over all processes", low=1)
     micro_batch_size: int = option(32, "examples that a process computes at once", low=1)
     learning_rate: float = option(1e-3, "peak rate of AdamW", low=0)
@@ -490,12 +490,12 @@ def stage_name(config):
     return f"{config.table}-{variant}" if variant else config.table
 
 def matrix_rate(device, dtype):
-    """Floating-point operations a second of large matrix products: what MFU is a share of here."""
+    """Measured FLOP/s of large matrix products; MFU (model FLOPs utilisation) is a share of it."""
     n, best = 512 if device.type == "cpu" else 8192, math.inf
     a = torch.randn(n, n, device=device).to(dtype) / n**0.5
     for _ in range(8):
         start = time.perf_counter()
-        (a @ a @ a @ a @ a)[0, 0].item()  # waits until the device is done
+        (a @ a @ a @ a @ a)[0, 0].item()  # 4 products; item() waits until they are done
         best = min(best, time.perf_counter() - start)
     return 4 * 2 * n**3 / best
 
@@ -651,10 +651,10 @@ def forget_steps_after(path, stage, step):
 
 @contextmanager
 def writing(path):
-    """What cannot be written ends in one line."""
+    """A failure to write `path` ends the program with one line; the half-written .tmp goes."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         if os.path.exists(path + ".tmp"):

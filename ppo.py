@@ -3,7 +3,7 @@ tunes the SFT model to earn the reward model's score.
 
     maximise  E[ r(prompt, response) - β · log(π(response) / π_SFT(response)) ],   response ~ π
 
-Each iteration samples responses to new prompts (the rollout), scores them, estimates how much
+Each iteration samples responses to some prompts (the rollout), scores them, estimates how much
 better each token was than expected (the advantage), and makes better tokens likelier, within a
 clipped distance of the policy that sampled them (Schulman et al. 2017; Ouyang et al. 2022, step 3;
 details as in Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
@@ -36,15 +36,15 @@ class PPOConfig(TrainConfig):
     max_steps: int = option(40, "iterations: a rollout, then its updates", low=1)
     batch_size: int = option(96, "responses an iteration, over all processes", low=1)
     minibatch_size: int = option(24, "responses an optimizer step, over all processes", low=1)
-    micro_batch_size: int = option(64, "responses that a process computes at once", low=1)
+    micro_batch_size: int = option(64, "responses a process scores or trains on at once", low=1)
     epochs: int = option(2, "passes over each rollout", low=1)
     learning_rate: float = option(3e-4, "peak rate of the policy, annealed to 0", low=0)
     value_learning_rate: float = option(1e-3, "peak rate of the value function", low=0)
     warmup_steps: int = option(0, "iterations of linear warm-up", low=0)
     kl_coefficient: float = option(0.1, "β: reward lost per nat of log π/π_SFT", low=0)
-    kl_stop: float = option(0.0, "end an update at this KL to the rollout's policy; 0: no", low=0)
+    kl_stop: float = option(0.0, "end an update at this approx_kl, a mean per token; 0: no", low=0)
     whiten_rewards: bool = option(False, "scale the rewards of each rollout to variance 1")
-    ptx_coefficient: float = option(0.0, "PPO-ptx: weight of pretraining's loss", low=0)
+    ptx_coefficient: float = option(0.0, "PPO-ptx: weight of a loss on pretraining text", low=0)
     discount: float = option(1.0, "γ: what a reward one token later counts", low=0, high=1)
     gae_lambda: float = option(0.95, "λ of generalised advantage estimation", low=0, high=1)
     policy_clip: float = option(0.2, "the probability ratio is clipped to 1 ± this", low=0)
@@ -75,7 +75,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
     """r_t = -β (log π - log π_ref) at every token, plus the score (B,) at the last one (Ziegler et
     al. 2019, eq. 2)."""
     rewards = -kl_coefficient * (logprobs - ref_logprobs) * mask
-    last = mask.cumsum(1).argmax(1, keepdim=True)  # the first maximum of the count: the last token
+    last = mask.cumsum(1).argmax(1, keepdim=True)  # where the count of tokens reaches its maximum
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 def gae(rewards, values, mask, discount=1.0, lam=0.95):
@@ -83,8 +83,9 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
 
         A_t = Σ_l (γλ)^l δ_{t+l},    δ_t = r_t + γ V_{t+1} - V_t,    V = 0 past the end
 
-    values[t] is V of the state *before* the token that is predicted at t. Gives (advantages,
-    returns): the returns, advantages + values, are what V learns."""
+    λ = 1: A_t is all the reward that followed, minus V_t, which is noisy; λ = 0: only δ_t, which
+    trusts V_{t+1}. values[t] is V of the state *before* the token that is predicted at t. Gives
+    (advantages, returns): the returns, advantages + values, are what V learns."""
     values = values * mask
     next_values = F.pad(values[:, 1:], (0, 1))
     delta = rewards + discount * next_values - values
@@ -95,7 +96,8 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
     return advantages, (advantages + values) * mask
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
-    """max(-Aρ, -A clip(ρ, 1 ± ε)), ρ = π/π_old: no gain beyond ε (Schulman et al. 2017, eq. 7)."""
+    """max(-Aρ, -A clip(ρ, 1 ± ε)), ρ = π/π_old (Schulman et al. 2017, eq. 7). At ρ = 1 the gradient
+    is that of -A log π; it is 0 once ρ is more than ε beyond 1 in the direction that A wants."""
     ratio = (logprobs - old_logprobs).exp()
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
@@ -128,7 +130,7 @@ def score_rollout(run, config, models, prompts, responses, end):
             ref = -reference(tokens[rows], targets[rows], config.temperature)
             values = value_model(tokens[rows])                                         # (b, T)
             scores = reward_model(tokens[rows], lengths[rows])                         # (b,)
-        results += zip(old.cpu(), ref.cpu(), values.cpu(), scores.cpu())
+        results += zip(old.cpu(), ref.cpu(), values.cpu(), scores.cpu())  # a tuple for each row
     old, ref, values, scores = (torch.stack(c).to(run.device) for c in zip(*run.gather(results)))
     ended = torch.tensor([end in response for response in responses], device=run.device)
     return dict(tokens=tokens, targets=targets, lengths=lengths, old=old, ref=ref, values=values,
@@ -148,7 +150,7 @@ def update(run, config, models, optimizers, rollout, step, text=None):
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, old_values, mask, config.discount, config.gae_lambda)
-    advantages = whiten(advantages, mask)
+    advantages = whiten(advantages, mask)  # so that a step does not depend on the scale of scores
 
     factor = learning_rate_factor(step, config.max_steps, config.warmup_steps)
     rng = random_stream(config.seed, "minibatches", step)
@@ -178,7 +180,7 @@ def update(run, config, models, optimizers, rollout, step, text=None):
                     with run.autocast():
                         ptx = policy(w[:, :-1], w[:, 1:], dense=True).sum() / windows[:, 1:].numel()
                     (config.ptx_coefficient * ptx * run.world).backward()
-                with torch.no_grad():
+                with torch.no_grad():  # how many ρ are beyond 1 ± ε; KL(π_old‖π): π_old has sampled
                     clipped = ((logprobs - old[i, :T]).exp() - 1).abs() > config.policy_clip
                     distance = kl_estimates(old[i, :T], logprobs)[1]
                     figures += torch.stack([pi_loss, v_loss, (clipped * m).sum() / n_tokens,
@@ -212,12 +214,12 @@ def describe(rollout, mask, returns):
 
 def draw_windows(text, rng, n, policy):
     """n windows of pretraining text, (n, 65) tokens, or less where the context is shorter."""
-    length = min(64, getattr(policy, "module", policy).model.config.block_size)
+    length = min(64, getattr(policy, "module", policy).model.config.block_size)  # DDP's .module
     starts = rng.integers(len(text) - length, size=n)
     return torch.from_numpy(np.stack([text[i:i + length + 1] for i in starts]).astype(np.int64))
 
 def load_models(run, config, tokenizer):
-    """(policy, reference, value function, reward model): each pair starts as one checkpoint."""
+    """(policy, reference, value function, reward model): two copies of sft.pt, two of reward.pt."""
     sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
     name = f"reward-{config.reward}" if config.reward else "reward"
     reward = load_checkpoint(run.path(f"{name}.pt"), "python reward.py", tokenizer.hash)
@@ -230,7 +232,8 @@ def main():
     tokenizer = load_tokenizer(config.out_dir)
     run = Run(config)
     policy, reference, value_model, reward_model = models = load_models(run, config, tokenizer)
-    records = read_prompts(run, tokenizer, policy.model.config.block_size, "ppo")  # never ranked
+    # Prompts that the reward model has not seen; a prompt may be drawn again.
+    records = read_prompts(run, tokenizer, policy.model.config.block_size, "ppo")
     text = load_tokens(config.out_dir, "train")[0] if config.ptx_coefficient else None
     # Adam's ε is 1e-5, as in OpenAI's code: towards the end gradients vanish, and with a smaller ε
     # the noise that is left would be blown up.

@@ -38,15 +38,15 @@ class PrepareConfig(RunConfig):
     prompts: str = option("", 'a file of {"prompt"} for reward.py and ppo.py')
     comparisons: str = option("", 'a file of ranked {"responses"} that reward.py can learn from')
     eval: str = option("", 'a file of {"prompt", "rubric"} to hold out; default: some prompts')
-    n_eval: int = option(600, "so many, or a tenth of the prompts if that is less", low=1)
-    compare_share: float = option(0.75, "share of the prompts for reward.py", low=0.01, high=0.99)
-    vocab_size: int = option(1280, "tokens, the three special ones included", low=259)
+    n_eval: int = option(600, "without eval: so many prompts are held out, a tenth at most", low=1)
+    compare_share: float = option(0.75, "share of your prompts for reward.py", low=0.01, high=0.99)
+    vocab_size: int = option(1280, "tokens at most, the three special ones included", low=259)
     bpe_megabytes: float = option(10.0, "the tokenizer learns from so much of the text", low=0.001)
     val_share: float = option(0.05, "share of the text for validation", low=0.0001, high=0.5)
     val_tail: bool = option(False, "validate on the end of the text, not on documents all over it")
     cleaning: bool = option(True, "remove what is no good English, and duplicates")
     min_words: int = option(8, "cleaning: shorter documents are removed", low=1)
-    blocked_words: str = option("scum,vermin", "cleaning: documents with one of them are removed")
+    blocked_words: str = option("", "cleaning: documents with one of these words are removed")
     near_duplicate: float = option(0.8, "cleaning: similarity of near duplicates", low=0.1, high=1)
     duplicate_words: int = option(8, "cleaning: shorter ones are never duplicates", low=1)
 
@@ -60,7 +60,7 @@ class PrepareConfig(RunConfig):
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def find_files(sources):
-    """The text files that some files, folders and globs, separated by commas, mean."""
+    """The text files that a list of files, folders and globs, separated by commas, stands for."""
     paths = []
     for source in sources.split(","):
         pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
@@ -72,9 +72,9 @@ def find_files(sources):
     return paths
 
 def read_documents(paths):
-    """Each document of the files, as (text, how the tiny world has spoiled it to test the cleaning,
-    or ""). A line of a .jsonl is one; a .txt or .md is cut at <|endoftext|>, and a long book after
-    every two million letters, so that memory stays bounded."""
+    """Each document of the files, as (text, spoiled): how the tiny world has damaged it, to test
+    the cleaning, else "". A line of a .jsonl is one; a .txt or .md is cut at <|endoftext|>, and a
+    long book after every two million letters, so that memory stays bounded."""
     for path in paths:
         if ".jsonl" in os.path.basename(path):
             for record in parse_lines(path, ("text",)):
@@ -86,7 +86,7 @@ def read_documents(paths):
             for piece in iter(lambda: f.read(2**20), ""):
                 *documents, rest = (rest + piece).split(SPECIAL[0])
                 if len(rest) > 2**21:
-                    cut = rest.rfind("\n") + 1 or len(rest) - len(SPECIAL[0])  # may be half read
+                    cut = rest.rfind("\n") + 1 or len(rest) - len(SPECIAL[0])  # half a mark
                     documents, rest = documents + [rest[:cut]], rest[cut:]
                 yield from ((text, "") for text in documents if text.strip())
             if rest.strip():
@@ -105,7 +105,7 @@ KINDS = dict(text=str, id=str, use=str, messages=list, prompt=(str, list), respo
              ranking=list, dtype=str, tokenizer=str)
 
 def parse_lines(path, fields=()):
-    """The records of a file of one JSON object a line, each with these fields, of their kinds."""
+    """The records of a file of JSON lines, each with these fields, not empty and of their KINDS."""
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -143,17 +143,8 @@ def repair(text):
     text = re.sub(r"[^\S\n]{2,}|[^\S\n ]", " ", unicodedata.normalize("NFC", text))
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" ?\n ?", "\n", text)).strip()
 
-def share(items, test):
-    return sum(map(test, items)) / max(1, len(items))
-
-def has_letter(word):
-    return any(map(str.isalpha, word))
-
-def is_stop_word(word):
-    return word.strip(".,;:!?\"'").lower() in STOP_WORDS
-
-def is_boilerplate(sentence):
-    return any(phrase in sentence for phrase in BOILERPLATE)
+def ratio(flags):
+    return sum(flags) / max(1, len(flags))
 
 def quality_fault(text, min_words, blocked_words):
     """The first rule that a text breaks, "" if it is good English."""
@@ -164,15 +155,15 @@ def quality_fault(text, min_words, blocked_words):
         return "too short"
     if len(re.findall(r"</?[a-zA-Z][^<>]*>|[{}]", text)) > 0.02 * len(words) + 1:
         return "markup"
-    if share(sentences, is_boilerplate) > 0.3:
+    if ratio([any(phrase in s for phrase in BOILERPLATE) for s in sentences]) > 0.3:
         return "boilerplate"
     if 1 - len(set(lines)) / len(lines) > 0.3:
         return "repeated lines"
     if len(words) >= 8:
         mean_length = sum(map(len, words)) / len(words)
-        if not 2 < mean_length < 12 or share(words, has_letter) < 0.4:
+        if not 2 < mean_length < 12 or ratio([any(map(str.isalpha, w)) for w in words]) < 0.4:
             return "odd words"
-        if share(words, is_stop_word) < 0.06:
+        if ratio([w.strip(".,;:!?\"'").lower() in STOP_WORDS for w in words]) < 0.06:
             return "not language"
     if "\ufffd" in text:  # the mark of a character that could not be decoded
         return "not language"
@@ -180,6 +171,7 @@ def quality_fault(text, min_words, blocked_words):
         return "undesirable"
     return ""
 
+# Rows 0 and 1: a and b of 64 hashes; a is odd, so that a·x loses no bit. Row 2 mixes three words.
 HASHES = np.random.default_rng(0).integers(0, 2**63, (3, 64), np.uint64) | np.uint64(1)
 
 def minhash(text):
@@ -189,7 +181,7 @@ def minhash(text):
     words = [zlib.crc32(word.encode()) for word in re.findall(r"\w+", text.lower())]
     words = np.array(words + [0] * (3 - len(words)), np.uint64)
     triples = words[:-2] * HASHES[2, 0] + words[1:-1] * HASHES[2, 1] + words[2:]
-    triples ^= triples >> np.uint64(29)
+    triples ^= triples >> np.uint64(29)  # products mix upwards only: bring high bits down
     hashed = triples[:, None] * HASHES[0] + HASHES[1]                              # (triples, 64)
     return (hashed.min(0) >> np.uint64(32)).astype(np.uint16)
 
@@ -199,8 +191,8 @@ class NearDuplicates:
 
     A signature is cut into 32 bands of two entries. Each band is hashed to a place in its row of a
     table, where the last text with such a band stands: only texts that agree in a whole band are
-    compared. Where two different texts meet in one place the earlier gives way; a duplicate
-    survives that, as it agrees in many bands. A text takes 256 bytes."""
+    compared. Where two different texts meet in one place the later one overwrites the earlier;
+    duplicates are found all the same, as they agree in many bands. A text takes 256 bytes."""
 
     def __init__(self, n, threshold):
         self.threshold, self.n, self.bands = threshold, 0, np.arange(32)
@@ -259,7 +251,7 @@ def clean(paths, config, kept_file):
                     rule = rules.setdefault(fault, dict(removed=0, example=text[:160]))
                     rule["removed"] += 1
                 else:
-                    kept_file.write(json.dumps(text) + "\n")
+                    kept_file.write(json.dumps(text, ensure_ascii=False) + "\n")
             print(f"  {read.total():,} of {n:,} documents", end="\r", flush=True)
     report = dict(documents_read=n, documents_kept=n - caught.total(), documents_repaired=repaired,
                   rules=rules)
@@ -270,9 +262,9 @@ def clean(paths, config, kept_file):
     return report
 
 def read_split(path, config):
-    """The cleaned documents, each with its side: "train" or "val". A document's text alone decides,
-    so that no order and no later addition moves it across. With val_tail, or where there are few
-    documents, val is the end of the text."""
+    """The cleaned documents, each with its side: "train" or "val". A hash of its text and the seed
+    decides, so that no order and no later addition moves it across. With val_tail, or with less
+    than 8 documents to expect in val, val is the end of the text."""
     with open(path, encoding="utf-8") as f:
         sizes = [len(json.loads(line)) for line in f]
         left = round(sum(sizes) * (1 - config.val_share))  # letters that are still to train on
@@ -294,6 +286,7 @@ def read_split(path, config):
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, trained here, run by tiktoken
 
+# As Qwen's: contractions, words with the blank before them, single digits, punctuation, blanks.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
@@ -585,8 +578,8 @@ def prompt_key(prompt):  # an id that depends on the text alone
 
 def read_records(config):
     """The records of sft, prompts, eval, comparisons.jsonl. Left out are prompts that --eval holds
-    out or a demonstration answers, and comparisons whose prompt is held out or is one of ppo.py's,
-    which must be new to the reward model."""
+    out or a demonstration answers, and comparisons on a held-out prompt or on one of ppo.py's, as
+    the reward model must not have seen those."""
     def read(path, *names):
         return read_jsonl(path, "python data/convert.py", names) if path else []
 
@@ -600,10 +593,10 @@ def read_records(config):
     for prompt in used + [r["prompt"] for r in held_out]:
         prompts.pop(prompt_key(prompt), None)
     prompts = [r | dict(id=str(r.get("id", key))) for key, r in prompts.items()]
-    if not config.eval:  # people's files may have any order
-        rng = random_stream(config.seed, "people's files")
-        rng.shuffle(demonstrations)
-        rng.shuffle(prompts)
+    rng = random_stream(config.seed, "records")  # people's files may have any order
+    rng.shuffle(demonstrations)
+    rng.shuffle(prompts)
+    if not config.eval:
         n = min(config.n_eval, len(prompts) // 10)
         held_out, prompts = prompts[:n], prompts[n:]
     for i, record in enumerate(prompts):
@@ -658,17 +651,24 @@ def main():
     if not config.text:
         write_world(path("world"), config.seed, config.world)
         names = dict(text="pages", demonstrations="demonstrations", prompts="prompts", eval="eval")
-        config = replace(config, **{k: path(f"world/{name}.jsonl") for k, name in names.items()})
+        config = replace(config, **{k: path(f"world/{name}.jsonl") for k, name in names.items()},
+                         blocked_words=config.blocked_words or "scum,vermin")  # of its toml
     demonstrations, prompts, held_out, comparisons = read_records(config)
 
-    with open(path("kept.tmp"), "w", encoding="utf-8") as kept_file:
-        report = clean(find_files(config.text), config, kept_file)
-    print_report(report)
-    if not report["documents_kept"]:
-        raise SystemExit("nothing is left after cleaning: --cleaning=false keeps all text as it is")
-    tokens = train_bpe(bpe_sample(path("kept.tmp"), config), config.vocab_size - len(SPECIAL))
+    for config in (config, replace(config, cleaning=False)):
+        with open(path("kept.tmp"), "w", encoding="utf-8") as kept_file:
+            report = clean(find_files(config.text), config, kept_file)
+        print_report(report)
+        if report["documents_kept"]:
+            break
+        print("nothing is left: these rules are for English prose. So all is kept as it is")
+    else:
+        raise SystemExit(f"{config.text}: there is no text in it")
+    vocab_size = min(config.vocab_size, 259 + os.path.getsize(path("kept.tmp")) // 40)
+    tokens = train_bpe(bpe_sample(path("kept.tmp"), config), vocab_size - len(SPECIAL))
     tokenizer = Tokenizer(tokens)
-    print(f"tokenizer: {tokenizer.size:,} tokens, the longest {sorted(tokens, key=len)[-5:]}")
+    print(f"tokenizer: {tokenizer.size:,} of {config.vocab_size:,} tokens (at most one per 40 "
+          f"bytes of text), the longest {sorted(tokens, key=len)[-5:]}")
     counts, histogram = encode_files(config, path("kept.tmp"), tokenizer)
     os.remove(path("kept.tmp"))
     for side in ("train", "val"):

@@ -3,16 +3,14 @@
     loss = -1/N · Σ log p(token t+1 | tokens ≤ t)      over all N tokens of the batch
 
     python pretrain.py                                      one process: a laptop's CPU, or one GPU
-    torchrun --nproc_per_node=8 pretrain.py --config=…      eight GPUs, the same batches
+    torchrun --nproc_per_node=8 pretrain.py --config=…      eight GPUs, each batch shared out
 
 It reads train.bin and val.bin of the run folder and writes pretrain.pt (the best model so far by
 validation loss, which the next stage reads) and pretrain.last.pt (where --resume continues).
 """
 
-import functools
-import math
-import time
-from dataclasses import dataclass
+import functools, math, time
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from prepare import (bits_per_byte, load_tokenizer, load_tokens, random_stream, 
 
 @dataclass
 class PretrainConfig(ModelConfig, TrainConfig):
-    table = "pretrain"  # of a config file; it also names the stage
+    table = "pretrain"  # no annotation, so no option: the stage's name, and its [table] in a config
     max_steps: int = option(550, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences a step, over all processes", low=1)
     micro_batch_size: int = option(16, "sequences that a process computes at once", low=1)
@@ -32,12 +30,12 @@ class PretrainConfig(ModelConfig, TrainConfig):
     muon_momentum: float = option(0.8, "momentum of Muon; 0.95 for large batches", low=0, high=1)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
     eval_every: int = option(275, "steps between evaluations and checkpoints", low=1)
-    recompute: bool = option(False, "keep no activations: less memory, a third more arithmetic")
+    recompute: bool = option(False, "keep only block inputs: less memory, a third more arithmetic")
     compile: bool = option(False, "torch.compile the model: faster steps after a slow start")
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_order(n_windows, block_size, seed, epoch):
-    """Where an epoch begins to cut the text into windows, and in which order it visits them."""
+    """An epoch's random offset, so that windows differ from epoch to epoch, and their order."""
     rng = random_stream(seed, "pretraining", epoch)
     return rng.integers(block_size), rng.permutation(n_windows)
 
@@ -67,9 +65,12 @@ def main():
     config = load_config(PretrainConfig, __doc__)
     tokenizer = load_tokenizer(config.out_dir)
     tokens, data = load_tokens(config.out_dir, "train", tokenizer)
-    if len(tokens) < 2 * config.block_size + 2:
-        raise SystemExit(f"{len(tokens)} tokens are too few for --block_size={config.block_size}")
     run = Run(config)
+    if len(tokens) < 18:
+        raise SystemExit(f"{len(tokens)} tokens are too few to train on")
+    if len(tokens) < 2 * config.block_size + 2:
+        config = replace(config, block_size=len(tokens) // 2 - 1)
+        print(f"{len(tokens)} tokens are few: a context of {config.block_size} is as much as fits")
     shape = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
     model = LanguageModel(ModelConfig(**shape | dict(vocab_size=tokenizer.size))).to(run.device)
     model.model.recompute = config.recompute

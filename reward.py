@@ -56,7 +56,7 @@ class RewardConfig(TrainConfig):
 
 def sample_responses(run, config, tokenizer):
     """K responses of the SFT model to each prompt that is kept for comparisons → samples.jsonl.
-    Equal ones are merged, as nobody can order them. ("samples",) names the random numbers."""
+    Equal ones are merged: nobody can order them. ("samples",) is what seeds the random numbers."""
     sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
     model = restore(LanguageModel, sft, run.device)
     records = read_prompts(run, tokenizer, model.model.config.block_size, "compare")
@@ -87,8 +87,9 @@ def group_ties(values, width=0.25):
     return groups
 
 def simulated_annotator(samples, records, config):
-    """Rank by rubric score plus Gumbel noise: i comes above j, before close scores are tied, with
-    the probability σ((score_i - score_j) / noise), so clear calls are seldom wrong (Luce 1959).
+    """Rank by rubric score plus Gumbel noise, then tie what is close. The difference of two Gumbels
+    is logistic: i comes above j with the probability σ((score_i - score_j) / noise) (Luce 1959), so
+    clear calls are seldom wrong.
 
     records: id → record with a rubric; samples of other prompts are passed over."""
     rng, rankings = random_stream(config.seed, "annotator"), []
@@ -142,7 +143,8 @@ def make_batch(rankings, tokenizer, device):
     return tokens, lengths, torch.tensor(ranks, device=device)
 
 def batch_loss(model, rankings, tokenizer, device):
-    """The sum of the ranking losses of some prompts: all responses in one forward pass."""
+    """The sum of the ranking losses of some prompts: all responses in one forward pass.
+    masked_scatter fills its table row by row, which is the order of make_batch."""
     tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
     scores = model(tokens, lengths)                                                    # (N,)
     table = scores.new_zeros(ranks.shape).masked_scatter(ranks >= 0, scores)           # (P, K)
@@ -161,9 +163,9 @@ def score_all(model, rankings, tokenizer, run):
     return run.gather(scores)
 
 def accuracies(rankings, scores, records):
-    """The share of pairs that the reward model orders as the annotator did, and as the rubric does:
-    in gold, and in each criterion, over the pairs that differ in it. Ties of the annotator or the
-    rubric are left out; equal scores of the reward model count as an error."""
+    """The share of pairs that the reward model orders as the annotator (accuracy), as the rubric's
+    sum (accuracy_gold) and as each of its criteria (accuracy_safety, …). Ties of the annotator or
+    the rubric are left out; equal scores of the reward model count as an error."""
     hits = {}
     for ranking, s in zip(rankings, scores):
         ranks, record = ranks_of(ranking), records.get(ranking["id"])
@@ -181,8 +183,8 @@ def accuracies(rankings, scores, records):
 
 def load_rankings(run, config, tokenizer, block_size):
     """The usable rankings as (training, held out): no repeats (shown twice to test the annotator),
-    none that a person has flagged. A hash of the prompt's id decides the side, whatever the seed;
-    n_rankings shortens the training side only."""
+    none that a person has flagged. In the order of a hash of their prompts' ids the first val_share
+    are held out, whatever the seed; n_rankings shortens the training side only."""
     paths = config.rankings.split(",") if config.rankings else [run.path("rankings.jsonl")]
     rankings, usable = read_rankings(paths, tokenizer), []
     for r in rankings:
@@ -207,10 +209,10 @@ def train(run, config, tokenizer, model, optimizer, rankings, held_out, records)
                + max(len(response["tokens"]) for response in r["responses"]) for r in rankings]
     batch_size = min(config.batch_size, len(rankings))
     steps_per_epoch = len(rankings) // batch_size
-    steps, batches = config.epochs * steps_per_epoch, None  # made when an epoch begins, or resumed
+    steps, batches = config.epochs * steps_per_epoch, None
     while step < steps:
         epoch, index = divmod(step, steps_per_epoch)
-        if index == 0 or batches is None:
+        if index == 0 or batches is None:  # an epoch begins, or --resume landed inside one
             rng = random_stream(config.seed, "reward", epoch)
             batches = epoch_batches(lengths, batch_size, rng)
         batch = [rankings[i] for i in batches[index]]
@@ -262,7 +264,7 @@ def train_reward_model(run, config, tokenizer):
         print(f"{len(rankings):,} usable rankings, {len(held_out):,} held out, by {annotators}")
     step = train(run, config, tokenizer, model, optimizer, rankings, held_out, records)
 
-    scores = score_all(model, held_out, tokenizer, run)
+    scores = score_all(model, held_out, tokenizer, run)  # not yet normalised: σ is calibrated
     normalise(model, np.concatenate(score_all(model, rankings[:1000], tokenizer, run)))
     run.save(f"{run.stage}.pt", model, step, tokenizer=tokenizer.hash, parent="sft.pt")
     if run.main:

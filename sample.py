@@ -1,6 +1,6 @@
 """Stage 5, use: talk to the model of any stage, look inside, compare the stages.
 
-    python sample.py                                   chat in the terminal with the newest model
+    python sample.py                                   chat in the terminal with the last stage
     python sample.py --prompt="Where does Milo live?"  one answer; --checkpoint=sft: another stage's
     python sample.py --next="One cold evening, the"    the likeliest next tokens after a text
     python sample.py --compare                         the same held-out prompts through all stages,
@@ -21,42 +21,42 @@ import torch
 from model import (LanguageModel, Run, RunConfig, ScalarModel, generate_tokens, load_checkpoint,
                    load_config, option, restore)
 from prepare import (as_text, join, load_tokenizer, prompt_ids, random_stream, read_jsonl,
-                     read_scorecard, render, respond, rubric_score, scorecard_table, write_jsonl)
+                     read_scorecard, respond, rubric_score, scorecard_table, write_jsonl)
 
 STAGES = ("pretrain", "sft", "ppo")
 
 @dataclass
 class SampleConfig(RunConfig):
     table = "sample"
-    checkpoint: str = option("", "pretrain, sft, ppo or a file; default: newest (--next: pretrain)")
+    checkpoint: str = option("", "pretrain, sft, ppo or a file; default: the last one there")
     prompt: str = option("", "answer this and exit")
     next: str = option("", "show the likeliest next tokens after this text and exit")
     compare: bool = option(False, "show all stages side by side")
     n_compare: int = option(8, "prompts to compare on", low=1)
     temperature: float = option(1.0, "0: always the likeliest token", low=0)
-    top_k: int = option(0, "draw from the k likeliest tokens only; 0: from all", low=0)
-    top_p: float = option(1.0, "draw from the likeliest, up to this sum", low=0.001, high=1)
+    top_k: int = option(0, "not in --compare: only the k likeliest tokens; 0: all", low=0)
+    top_p: float = option(1.0, "not in --compare: the likeliest, to this sum", low=0.001, high=1)
 
 def chosen_stage(run):
     """The stage or file asked for, or the last stage of the chain that has a checkpoint."""
     there = [stage for stage in STAGES if os.path.exists(run.path(f"{stage}.pt"))]
-    return run.config.checkpoint or (there or ["pretrain"])[-1]
+    return run.config.checkpoint or (there or ["pretrain"])[-1]  # none: loading says what to do
 
 def load_model(run, tokenizer, stage):
     """The language model of a stage, or of a file, ready to generate."""
     path = stage if stage.endswith(".pt") else run.path(f"{stage}.pt")
-    checkpoint = load_checkpoint(path, f"python {stage}.py", tokenizer.hash)
+    checkpoint = load_checkpoint(path, f"python {stage.partition('-')[0]}.py", tokenizer.hash)
     if "lm_head.weight" not in checkpoint["model"]:
         raise SystemExit(f"{path} is no language model: choose pretrain, sft or ppo")
     return restore(LanguageModel, checkpoint, run.device).eval()
 
 def stream(run, tokenizer, model, ids, turn=0):
-    """Continue ids and print each token as it comes; returns the text."""
+    """Continue ids and print each token as it comes; returns the text. `turn` seeds the draws."""
     config, text = run.config, ""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be several tokens
     stop = tokenizer.end if tokenizer.start in ids else tokenizer.end_of_text
     uniforms = random_stream(config.seed, "chat", turn).random((1, config.max_new_tokens), "f4")
-    for _, (token,) in generate_tokens(model, [ids], config.max_new_tokens, stop,
+    for rows, (token,) in generate_tokens(model, [ids], config.max_new_tokens, stop,
                                        torch.from_numpy(uniforms), config.temperature,
                                        config.top_k, config.top_p):
         if token < tokenizer.end_of_text:  # not a special one
@@ -79,10 +79,8 @@ def chat(run, tokenizer, model):
                 messages = []
                 continue
             messages.append(dict(role="user", content=text))
-            ids, _ = render(tokenizer, messages, reply=True)
-            while len(ids) > room and len(messages) > 1:
+            while len(ids := prompt_ids(tokenizer, messages)) > room and len(messages) > 1:
                 messages = messages[2:]
-                ids, _ = render(tokenizer, messages, reply=True)
             if len(ids) > room:
                 print(f"that is {len(ids)} tokens, and there is room for {room}: say it shorter")
                 messages = []

@@ -37,7 +37,7 @@ def make_batch(examples, device):
     return ids.to(device), targets.to(device)
 
 def validation_loss(model, examples, run):
-    """The mean over all target tokens of the held-out conversations."""
+    """The mean loss over all target tokens of the held-out conversations."""
     loss, count, size = 0.0, 0.0, run.config.micro_batch_size
     mine = [examples[i] for i in run.share(len(examples))]
     for i in range(0, len(mine), size):
@@ -54,7 +54,7 @@ def load_examples(config, tokenizer, block_size):
     made = [make_example(tokenizer, record["messages"]) for record in records]
     examples = [example for example in made if len(example[0]) <= block_size]
     if len(examples) < max(2, len(made) / 2):
-        raise SystemExit(f"{path}: {len(examples)} of {len(made)} conversations fit the context")
+        raise SystemExit(f"{path}: only {len(examples)} of {len(made)} examples fit the context")
     n_validation = max(1, round(len(examples) * config.val_share))
     return examples[:n_validation], examples[n_validation:]  # they are in random order
 

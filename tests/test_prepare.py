@@ -548,7 +548,7 @@ def test_counts_of_the_report_add_up(tmp_path):
     texts = [*KEPT.values(), *((text, rule) for rule, text in REMOVED.items()),
              (KEPT["markup"], "copy"), stray,
              ("Rosa the hen shares her pie with all the ducks on the pond.", "not found")]
-    kept, report = run_clean(tmp_path, texts)
+    kept, report = run_clean(tmp_path, texts, blocked_words="scum,vermin")
     assert kept == [*KEPT.values(), repair(stray), texts[-1][0]]
     assert removed(report) == dict.fromkeys(REMOVED, 1) | {"exact duplicate": 1}
     assert report["documents_read"] == len(texts) == len(kept) + sum(removed(report).values())
@@ -754,14 +754,18 @@ def test_a_text_too_small_to_split(tmp_path):
         assert len(load_tokens(tmp_path / "out", "val")[0]) > 0
 
 
-def test_nothing_left_after_cleaning(tmp_path):
-    """If the rules remove everything, as they do text of another language, the way out is told."""
+def test_nothing_left_after_cleaning(tmp_path, capsys):
+    """If the rules remove everything, as they do text of another language, all is kept as it is,
+    and that is said; only of nothing can nothing be made."""
     write(tmp_path / "a.jsonl", [dict(text=f"Der Fuchs Nummer {i} wohnt im Turm am alten Fluss.")
                                  for i in range(20)])
     options = [f"--text={tmp_path}/a.jsonl", "--val_share=0.5"]
-    assert "--cleaning=false" in one_line(run_prepare, tmp_path / "a", *options)
-    out = run_prepare(tmp_path / "b", *options, "--cleaning=false")
-    assert len(read_side(out, "train") + read_side(out, "val")) == 20
+    for more in ([], ["--cleaning=false"]):
+        out = run_prepare(tmp_path / f"b{len(more)}", *options, *more)
+        assert len(read_side(out, "train") + read_side(out, "val")) == 20
+    assert "so all is kept" in capsys.readouterr().out.lower()
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "no text" in one_line(run_prepare, tmp_path / "c", f"--text={tmp_path}/empty.txt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -818,12 +822,14 @@ def test_comparisons_give_prompts(tmp_path):
 
 
 def test_held_out_prompts_that_are_given(tmp_path):
-    """With a file of held-out prompts they are these, in their order, and none of the others."""
+    """With a file of held-out prompts they are these, in their order, and none of the others, which
+    are shuffled as ever: people's files may be sorted."""
     held_out = [dict(id=f"e{i}", prompt=f"When {i}?", rubric=rubric()) for i in range(3)]
     prompts = [dict(prompt=f"Who {i}?", use="ppo") for i in range(20)]
     files = prepare_people(tmp_path, prompts=prompts, eval=held_out)
     assert files["eval"] == held_out
-    assert [r["prompt"] for r in files["prompts"]] == [r["prompt"] for r in prompts]
+    found = [r["prompt"] for r in files["prompts"]]
+    assert found != [r["prompt"] for r in prompts] and set(found) == {r["prompt"] for r in prompts}
     assert {r["use"] for r in files["prompts"]} == {"ppo"}
     assert len(prepare.held_out_prompts(tmp_path / "out")) == 3
 
@@ -832,7 +838,7 @@ def test_held_out_prompts_are_held_out(tmp_path):
     """A held-out prompt is not asked in training."""
     files = prepare_people(tmp_path, prompts=[dict(prompt=p) for p in ("Why?", "Who?", "When?")],
                            eval=[dict(id="1", prompt="Who?")])
-    assert [r["prompt"] for r in files["prompts"]] == ["Why?", "When?"]
+    assert {r["prompt"] for r in files["prompts"]} == {"Why?", "When?"}
 
 
 @pytest.mark.parametrize("option", ["eval", "prompts"])
