@@ -347,7 +347,7 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizer:
     """Muon for the matrices of the blocks (if it has a learning rate), AdamW for everything else:
-    embeddings, heads and norms. Weight decay is for matrices only. `muon`: its momentum, dtype."""
+    embeddings, heads and norms. Only matrices decay. `muon`: the momentum and dtype of Muon."""
     def __init__(self, model, learning_rate, muon_learning_rate=0.0, weight_decay=0.0,
                  betas=(0.9, 0.95), eps=1e-8, **muon):
         blocks, matrices, vectors = [], [], []

@@ -86,7 +86,7 @@ def read_documents(paths):
             for piece in iter(lambda: f.read(2**20), ""):
                 *documents, rest = (rest + piece).split(SPECIAL[0])
                 if len(rest) > 2**21:
-                    cut = rest.rfind("\n") + 1 or len(rest) - len(SPECIAL[0])  # half a mark
+                    cut = rest.rfind("\n") + 1 or len(rest) - len(SPECIAL[0])  # not inside a mark
                     documents, rest = documents + [rest[:cut]], rest[cut:]
                 yield from ((text, "") for text in documents if text.strip())
             if rest.strip():
@@ -228,14 +228,15 @@ def inspect(document, config):
     key = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
     return text, spoiled, "", text != raw.strip(), key, minhash(text)
 
-def clean(paths, config, kept_file):
+def clean(paths, config, kept_path):
     """Read all documents, write those to keep as lines of JSON, and report what was removed."""
     n = sum(1 for _ in read_documents(paths))
     near, keys = NearDuplicates(n, config.near_duplicate), set()
     rules, read, caught, repaired = {}, Counter(), Counter(), 0
     documents = read_documents(paths)
     # Ctrl-C is for the parent alone; when that ends, however it ends, so do its workers.
-    with multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with (multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+          open(kept_path, "w", encoding="utf-8") as kept_file):
         while some := list(islice(documents, 256)):  # few at a time: a document may be a whole book
             results = pool.map(functools.partial(inspect, config=config), some, chunksize=16)
             for text, spoiled, fault, was_repaired, key, signature in results:
@@ -267,7 +268,7 @@ def read_split(path, config):
     than 8 documents to expect in val, val is the end of the text."""
     with open(path, encoding="utf-8") as f:
         sizes = [len(json.loads(line)) for line in f]
-        left = round(sum(sizes) * (1 - config.val_share))  # letters that are still to train on
+        left = min(round(sum(sizes) * (1 - config.val_share)), sum(sizes) - 1)  # letters for train
         f.seek(0)
         for text in map(json.loads, f):
             if config.val_tail or len(sizes) * config.val_share < 8:
@@ -652,18 +653,18 @@ def main():
         write_world(path("world"), config.seed, config.world)
         names = dict(text="pages", demonstrations="demonstrations", prompts="prompts", eval="eval")
         config = replace(config, **{k: path(f"world/{name}.jsonl") for k, name in names.items()},
-                         blocked_words=config.blocked_words or "scum,vermin")  # of its toml
+                         blocked_words=config.blocked_words or "scum,vermin")  # of rude pages
     demonstrations, prompts, held_out, comparisons = read_records(config)
 
-    for config in (config, replace(config, cleaning=False)):
-        with open(path("kept.tmp"), "w", encoding="utf-8") as kept_file:
-            report = clean(find_files(config.text), config, kept_file)
-        print_report(report)
-        if report["documents_kept"]:
-            break
+    report = clean(find_files(config.text), config, path("kept.tmp"))
+    print_report(report)
+    if config.cleaning and report["documents_read"] and not report["documents_kept"]:
         print("nothing is left: these rules are for English prose. So all is kept as it is")
-    else:
-        raise SystemExit(f"{config.text}: there is no text in it")
+        config = replace(config, cleaning=False)
+        report = clean(find_files(config.text), config, path("kept.tmp"))
+    if os.path.getsize(path("kept.tmp")) < 100:
+        raise SystemExit(f"{config.text}: there is too little text in it")
+    # The 256 bytes, the special ones, and one more for every 40 bytes: rarer ones are not learned.
     vocab_size = min(config.vocab_size, 259 + os.path.getsize(path("kept.tmp")) // 40)
     tokens = train_bpe(bpe_sample(path("kept.tmp"), config), vocab_size - len(SPECIAL))
     tokenizer = Tokenizer(tokens)

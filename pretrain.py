@@ -70,7 +70,7 @@ def main():
         raise SystemExit(f"{len(tokens)} tokens are too few to train on")
     if len(tokens) < 2 * config.block_size + 2:
         config = replace(config, block_size=len(tokens) // 2 - 1)
-        print(f"{len(tokens)} tokens are few: a context of {config.block_size} is as much as fits")
+        run.log(None, f"{len(tokens)} tokens are few: only a context of {config.block_size} fits")
     shape = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
     model = LanguageModel(ModelConfig(**shape | dict(vocab_size=tokenizer.size))).to(run.device)
     model.model.recompute = config.recompute

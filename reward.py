@@ -93,11 +93,11 @@ def simulated_annotator(samples, records, config):
 
     records: id → record with a rubric; samples of other prompts are passed over."""
     rng, rankings = random_stream(config.seed, "annotator"), []
-    for sample in (sample for sample in samples if sample["id"] in records):
-        record, responses = records[sample["id"]], sample["responses"]
-        scores = [rubric_score(record, r["text"], r["ended"]) for r in responses]
-        noisy = scores + config.annotator_noise * rng.gumbel(size=len(scores))
-        rankings.append(sample | dict(ranking=group_ties(noisy), annotator="simulated"))
+    for sample in samples:
+        if record := records.get(sample["id"]):
+            scores = [rubric_score(record, r["text"], r["ended"]) for r in sample["responses"]]
+            noisy = scores + config.annotator_noise * rng.gumbel(size=len(scores))
+            rankings.append(sample | dict(ranking=group_ties(noisy), annotator="simulated"))
     return rankings
 
 def rank_responses(run, config):

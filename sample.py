@@ -1,6 +1,6 @@
 """Stage 5, use: talk to the model of any stage, look inside, compare the stages.
 
-    python sample.py                                   chat in the terminal with the last stage
+    python sample.py                                   chat in the terminal, with the last stage
     python sample.py --prompt="Where does Milo live?"  one answer; --checkpoint=sft: another stage's
     python sample.py --next="One cold evening, the"    the likeliest next tokens after a text
     python sample.py --compare                         the same held-out prompts through all stages,
@@ -28,7 +28,7 @@ STAGES = ("pretrain", "sft", "ppo")
 @dataclass
 class SampleConfig(RunConfig):
     table = "sample"
-    checkpoint: str = option("", "pretrain, sft, ppo or a file; default: the last one there")
+    checkpoint: str = option("", "pretrain, sft, ppo or a file; default: last (--next: pretrain)")
     prompt: str = option("", "answer this and exit")
     next: str = option("", "show the likeliest next tokens after this text and exit")
     compare: bool = option(False, "show all stages side by side")

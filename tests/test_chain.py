@@ -752,3 +752,19 @@ def test_any_first_text_trains(kind, tmp_path):
         assert ("all is kept" in said) == (kind == "DNA")  # none of the rules for prose fits
     log = succeed("pretrain", out, "--max_steps=2", "--n_layer=1").stdout
     assert "validation" in log
+
+
+def test_context_fits_little_text(tmp_path):
+    """A text with fewer tokens than the context shortens the context, and says so; the run can be
+    continued with the options it was given. Of next to nothing nothing is trained."""
+    path, out = tmp_path / "mine.txt", tmp_path / "run"
+    path.write_text(OWN_TEXTS["prose"], encoding="utf-8")
+    succeed("prepare", out, f"--text={path}")
+    options = ["--max_steps=2", "--n_layer=1", "--block_size=2048"]
+    said = succeed("pretrain", out, *options).stdout
+    length = load(out / "pretrain.pt")["model_config"]["block_size"]
+    assert 100 < length < 2048 and f"only a context of {length} fits" in said
+    succeed("pretrain", out, *options, "--resume")
+    path.write_text("a" * 200)
+    succeed("prepare", out, f"--text={path}")
+    assert "too few" in fail("pretrain", out)

@@ -684,16 +684,21 @@ def test_muon_steps_by_its_formula(shape):
     """p ← (1 - ηλ) p - η √max(1, rows/columns) NS(μ m + (1 - μ) g), m = Σ (1 - μ) μ^age g,
     exactly."""
     torch.manual_seed(0)
-    p, seen = nn.Parameter(torch.randn(shape, dtype=torch.float64)), []
-    optimizer = Muon([p], lr=0.05, momentum=0.9, weight_decay=0.3, dtype=torch.float64)
+    # Three of one shape, of very different sizes: each must be as if it were alone.
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(3)]
+    seen = [[] for _ in params]
+    optimizer = Muon(params, lr=0.05, momentum=0.9, weight_decay=0.3, dtype=torch.float64)
     for _ in range(4):
-        p.grad, old = torch.randn_like(p), p.detach().clone()
-        seen.append(p.grad.clone())
+        old = [p.detach().clone() for p in params]
+        for p, gradients, size in zip(params, seen, (1e-2, 1, 100)):
+            p.grad = size * torch.randn_like(p)
+            gradients.append(p.grad.clone())
         optimizer.step()
-        momentum = sum(0.1 * 0.9 ** age * g for age, g in enumerate(reversed(seen)))
-        update = newton_schulz(0.9 * momentum + 0.1 * seen[-1])
-        expected = old * (1 - 0.05 * 0.3) - 0.05 * max(1, shape[0] / shape[1]) ** 0.5 * update
-        close(p.detach(), expected, 1e-12)
+        for p, gradients, before in zip(params, seen, old):
+            momentum = sum(0.1 * 0.9 ** age * g for age, g in enumerate(reversed(gradients)))
+            update = newton_schulz(0.9 * momentum + 0.1 * gradients[-1])
+            size = 0.05 * max(1, shape[0] / shape[1]) ** 0.5
+            close(p.detach(), before * (1 - 0.05 * 0.3) - size * update, 1e-12)
 
 
 @pytest.mark.parametrize("cls, tie", [(LanguageModel, True), (LanguageModel, False),

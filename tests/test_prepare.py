@@ -4,7 +4,6 @@ people's files in test_convert.py."""
 
 import base64
 import gzip
-import io
 import json
 import random
 import re
@@ -490,9 +489,9 @@ def test_a_full_table_still_knows_the_first():
 def run_clean(tmp_path, texts, **changes):
     """(kept texts, report) of the pipeline; a text may come with what is spoiled about it."""
     records = [dict(text=t) if isinstance(t, str) else dict(text=t[0], spoiled=t[1]) for t in texts]
-    kept = io.StringIO()
+    kept = tmp_path / "kept.tmp"
     report = clean([str(write(tmp_path / "pages.jsonl", records))], PrepareConfig(**changes), kept)
-    return [json.loads(line) for line in kept.getvalue().splitlines()], report
+    return [json.loads(line) for line in kept.read_text(encoding="utf-8").split("\n")[:-1]], report
 
 
 def removed(report):
@@ -764,8 +763,10 @@ def test_nothing_left_after_cleaning(tmp_path, capsys):
         out = run_prepare(tmp_path / f"b{len(more)}", *options, *more)
         assert len(read_side(out, "train") + read_side(out, "val")) == 20
     assert "so all is kept" in capsys.readouterr().out.lower()
-    (tmp_path / "empty.txt").write_text(" \n")
-    assert "no text" in one_line(run_prepare, tmp_path / "c", f"--text={tmp_path}/empty.txt")
+    for i, text in enumerate((" \n", "a b c d")):
+        (tmp_path / "little.txt").write_text(text)
+        line = one_line(run_prepare, tmp_path / f"c{i}", f"--text={tmp_path}/little.txt")
+        assert "too little text" in line
 
 
 # --------------------------------------------------------------------------------------------------
