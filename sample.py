@@ -57,8 +57,8 @@ def stream(run, tokenizer, model, ids, turn=0):
     stop = tokenizer.end if tokenizer.start in ids else tokenizer.end_of_text
     uniforms = random_stream(config.seed, "chat", turn).random((1, config.max_new_tokens), "f4")
     for rows, (token,) in generate_tokens(model, [ids], config.max_new_tokens, stop,
-                                       torch.from_numpy(uniforms), config.temperature,
-                                       config.top_k, config.top_p):
+                                          torch.from_numpy(uniforms), config.temperature,
+                                          config.top_k, config.top_p):
         if token < tokenizer.end_of_text:  # not a special one
             piece = decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
             print(piece, end="", flush=True)
