@@ -16,8 +16,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small tensor
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs only if -m names it (-m slow, or "
                                        "-m 'slow or not slow' for all tests)")
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a job in the background ignores Ctrl-C,
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # and its children would inherit it
+    # A job in the background ignores Ctrl-C, and its children would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
