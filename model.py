@@ -11,7 +11,8 @@ a logit to every token of the vocabulary; `ScalarModel` one number per position:
 is (the reward model), or how good it is expected to become (PPO's value function).
 
 Sequences are aligned to the left and padded on the right, always. As attention is causal, padding
-on the right cannot reach what is before it: only a KVCache needs a mask. Positions are 0 … T-1.
+on the right cannot reach what is before it, and positions are 0 … T-1. A mask is needed only by a
+KVCache, and where reward.py puts all responses to a prompt into one row.
 
 In shape comments: B sequences, T tokens, S keys, C channels (n_embd), H query and Hkv key heads, D
 channels a head, V vocabulary. Skip "Options" and what follows until pretrain.py leads back there.
@@ -97,14 +98,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim)
         self.k_norm = RMSNorm(config.head_dim)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, Hkv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, Hkv, T, D)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-        mask = None  # each token sees itself and those before it
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
         y = attention(q, k, v, mask)                                               # (B, H, T, D)
@@ -126,8 +126,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.n_embd)
         self.post_attention_layernorm = RMSNorm(config.n_embd)
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Transformer(nn.Module):
@@ -146,19 +146,19 @@ class Transformer(nn.Module):
         self.register_buffer("cos", torch.tensor(np.cos(angle)).float(), persistent=False)
         self.register_buffer("sin", torch.tensor(np.sin(angle)).float(), persistent=False)
 
-    def forward(self, tokens, cache=None):
-        if cache is None:
-            T = tokens.shape[1]
-            cos, sin = self.cos[:T], self.sin[:T]                                      # (T, D)
-        else:  # each row continues at its own length
-            positions = cache.extend(tokens.shape[1])[:, None]                         # (B, 1, T)
-            cos, sin = self.cos[positions], self.sin[positions]                    # (B, 1, T, D)
+    def forward(self, tokens, cache=None, positions=None, mask=None):
+        """positions (B, T) and mask (B, 1, T, T) only where a row is more than one text."""
+        T = tokens.shape[1]
+        if cache is not None:  # each row continues at its own length
+            positions = cache.extend(T)                                                # (B, T)
+        at = slice(T) if positions is None else positions[:, None]
+        cos, sin = self.cos[at], self.sin[at]                           # (T, D) or (B, 1, T, D)
         x = self.embed_tokens(tokens)                                                  # (B, T, C)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache)
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 class LanguageModel(nn.Module):
@@ -200,10 +200,10 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.n_embd + 1))  # Stiennon et al.
         nn.init.zeros_(self.score.bias)
-    def forward(self, tokens, lengths=None):
+    def forward(self, tokens, lengths=None, positions=None, mask=None):
         """tokens (B, T) → a value for each position, (B, T). With the lengths (B,) of the sequences
         → the score of each, which is the value at its last token, (B,)."""
-        values = self.score(self.model(tokens)).squeeze(-1).float()                    # (B, T)
+        values = self.score(self.model(tokens, None, positions, mask)).squeeze(-1).float()
         return values if lengths is None else values.gather(1, lengths[:, None] - 1).squeeze(1)
 
 # --------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (LanguageModel, Optimizer, Run, ScalarModel, TrainConfig, clip_gradients,
-                   learning_rate_factor, load_checkpoint, load_config, option, restore)
-from prepare import (CRITERIA, as_text, epoch_batches, join, judge, load_tokenizer, prompt_ids,
+                   learning_rate_factor, load_checkpoint, load_config, option, pad, restore)
+from prepare import (CRITERIA, as_text, epoch_batches, judge, load_tokenizer, prompt_ids,
                      random_stream, read_jsonl, read_prompts, read_rankings, respond, rubric_score,
                      update_scorecard, write_jsonl)
 
@@ -131,24 +131,32 @@ def ranks_of(record):
     return [rank[i] for i in range(len(record["responses"]))]
 
 def make_batch(rankings, tokenizer, device):
-    """P rankings → tokens (N, T) and lengths (N,) of all their responses, each behind its prompt,
-    and ranks (P, K), which are -1 where a prompt has fewer than K responses."""
-    prompts, responses, ranks = [], [], []
-    K = max(len(r["responses"]) for r in rankings)
+    """P rankings → one row for each: its prompt, which is read only once, then its K responses, one
+    behind the other. As the mask lets a token see nothing but the prompt and its own response, and
+    the positions of each response begin where the prompt ends, each is read as if it were alone.
+
+    Gives tokens and positions (P, T), mask (P, 1, T, T), ends (P, K), the index in the row of each
+    response's last token, and ranks (P, K), which are -1 where a prompt has fewer than K responses."""
+    rows, branches, positions, ends, ranks = [], [], [], [], []
     for r in rankings:
-        prompts += [prompt_ids(tokenizer, r["prompt"])] * len(r["responses"])
-        responses += [response["tokens"] for response in r["responses"]]
-        ranks.append(ranks_of(r) + [-1] * (K - len(r["responses"])))
-    tokens, _, lengths = join(prompts, responses, device)
-    return tokens, lengths, torch.tensor(ranks, device=device)
+        parts = [prompt_ids(tokenizer, r["prompt"])] + [x["tokens"] for x in r["responses"]]
+        n, *more = lengths = [len(part) for part in parts]
+        rows.append(sum(parts, []))
+        branches.append(np.repeat(range(len(parts)), lengths))  # 0 0 0 of the prompt, 1 1 2 2 2 …
+        positions.append([*range(n)] + [n + t for m in more for t in range(m)])
+        ends.append(np.cumsum(lengths)[1:] - 1)
+        ranks.append(ranks_of(r))
+    branch = pad(branches, -1)                                                         # (P, T)
+    own = branch[:, :, None] == branch[:, None]                                        # (P, T, T)
+    mask = (own | (branch[:, None] == 0)).tril()[:, None]
+    batch = pad(rows), pad(positions), mask, pad(ends), pad(ranks, -1)
+    return [x.to(device) for x in batch]
 
 def batch_loss(model, rankings, tokenizer, device):
-    """The sum of the ranking losses of some prompts: all responses in one forward pass.
-    masked_scatter fills its table row by row, which is the order of make_batch."""
-    tokens, lengths, ranks = make_batch(rankings, tokenizer, device)
-    scores = model(tokens, lengths)                                                    # (N,)
-    table = scores.new_zeros(ranks.shape).masked_scatter(ranks >= 0, scores)           # (P, K)
-    return ranking_loss(table, ranks).sum()
+    """The sum of the ranking losses of some prompts."""
+    tokens, positions, mask, ends, ranks = make_batch(rankings, tokenizer, device)
+    scores = model(tokens, positions=positions, mask=mask).gather(1, ends)             # (P, K)
+    return ranking_loss(scores, ranks).sum()
 
 def score_all(model, rankings, tokenizer, run):
     """The scores of all responses, a list for each ranking."""
@@ -156,10 +164,10 @@ def score_all(model, rankings, tokenizer, run):
     scores = []
     for start in range(0, len(mine), 16):
         batch = mine[start:start + 16]
-        tokens, lengths, _ = make_batch(batch, tokenizer, run.device)
+        tokens, positions, mask, ends, _ = make_batch(batch, tokenizer, run.device)
         with run.evaluating(model):
-            found = model(tokens, lengths)                                             # (N,)
-        scores += [row.tolist() for row in found.split([len(r["responses"]) for r in batch])]
+            found = model(tokens, positions=positions, mask=mask).gather(1, ends)      # (P, K)
+        scores += [row[:len(r["responses"])] for row, r in zip(found.tolist(), batch)]
     return run.gather(scores)
 
 def accuracies(rankings, scores, records):
@@ -206,7 +214,7 @@ def train(run, config, tokenizer, model, optimizer, rankings, held_out, records)
     step = run.start(tokenizer.hash, model=model, optimizer=optimizer).get("step", 0)
     ddp_model = run.wrap(model)
     lengths = [len(prompt_ids(tokenizer, r["prompt"]))
-               + max(len(response["tokens"]) for response in r["responses"]) for r in rankings]
+               + sum(len(response["tokens"]) for response in r["responses"]) for r in rankings]
     batch_size = min(config.batch_size, len(rankings))
     steps_per_epoch = len(rankings) // batch_size
     steps, batches = config.epochs * steps_per_epoch, None
