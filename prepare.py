@@ -52,7 +52,7 @@ class PrepareConfig(RunConfig):
 
     def check(self):
         if not self.text and (self.demonstrations or self.prompts or self.comparisons or self.eval):
-            return "demonstrations, prompts, comparisons, eval need --text=…, too: see data/convert.py"
+            return "demonstrations, prompts, comparisons, eval need --text=… too: see data/convert.py"
 
 # --------------------------------------------------------------------------------------------------
 # Reading
