@@ -18,9 +18,9 @@ In shape comments: B sequences, T tokens, S keys, C channels (n_embd), H query a
 channels a head, V vocabulary. Skip "Options" and what follows until pretrain.py leads back there.
 """
 
-import argparse, atexit, ctypes, difflib, functools, gc, json, math, os, shlex, signal, sys, time
-import tomllib, zipfile
-from contextlib import contextmanager
+import argparse, atexit, ctypes, difflib, functools, gc, json, math, os, pickle, shlex, signal, sys
+import time, tomllib, zipfile, zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import filelock  # comes with torch
@@ -390,7 +390,7 @@ def clip_gradients(model, limit, step):
 class RunConfig:
     """What all stages share: the top level of a config file."""
     out_dir: str = option("out/tiny", "the run folder: everything that a run makes lies in it")
-    seed: int = option(1, "the seed of everything random", low=0)
+    seed: int = option(1, "the seed of everything random", low=0, high=2**64 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = option("auto", "of matrix products", choices=("auto", "float32", "bfloat16"))
     max_new_tokens: int = option(72, "the longest response, in tokens", low=1)
@@ -681,12 +681,12 @@ def need(path, command):
 
 def load_checkpoint(path, command, tokenizer_hash=None):
     """Read a checkpoint: tensors and plain values only, never code. A damaged one is refused."""
-    try:
-        damaged = zipfile.ZipFile(need(path, command)).testzip()  # checksums: torch.load skips them
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of many kinds, all of which mean that the file is none of ours
-        damaged = True
-    if damaged or not isinstance(checkpoint, dict) or "dtype" not in checkpoint:
+    checkpoint = None
+    with suppress(OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
+                  pickle.UnpicklingError):  # what a file that is none of ours leads to
+        if zipfile.ZipFile(need(path, command)).testzip() is None:  # torch.load checks no checksums
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or "dtype" not in checkpoint:
         raise SystemExit(f"{path} is damaged, or of another version: make it again with {command}")
     if tokenizer_hash and checkpoint["tokenizer"] != tokenizer_hash:
         raise SystemExit(f"{path} was made with another tokenizer: run {command} again")

@@ -240,11 +240,11 @@ def main():
     rates = (policy, config.learning_rate), (value_model, config.value_learning_rate)
     optimizers = [Optimizer(model, rate, config.muon_learning_rate, config.weight_decay,
                             (0.9, 0.999), eps=1e-5, dtype=run.dtype) for model, rate in rates]
-    parts = dict(model=policy, optimizer=optimizers[0], value_model=value_model,
-                 value_optimizer=optimizers[1])
-    step = run.start(tokenizer.hash, **parts).get("step", 0)
+    parts = dict(optimizer=optimizers[0], value_model=value_model, value_optimizer=optimizers[1])
+    checkpoint = run.start(tokenizer.hash, model=policy, **parts)
+    step, figures = checkpoint.get("step", 0), checkpoint.get("figures", {})
     ddp_models = run.wrap(policy), run.wrap(value_model)
-    origin, figures = dict(tokenizer=tokenizer.hash, parent="sft.pt"), {}
+    origin = dict(tokenizer=tokenizer.hash, parent="sft.pt")
 
     while step < config.max_steps:
         rng = random_stream(config.seed, "ppo prompts", step)
@@ -263,9 +263,8 @@ def main():
                 f"{figures['explained_variance']:5.2f}  length {figures['length']:.0f}  ended "
                 f"{figures['ended']:.0%}", **figures)
         due = step % config.save_every == 0 or step == config.max_steps
-        run.save_last(due, policy, step, optimizer=optimizers[0].state_dict(),
-                      value_model=value_model.state_dict(),
-                      value_optimizer=optimizers[1].state_dict(), **origin)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        run.save_last(due, policy, step, figures=figures, **states, **origin)
 
     run.save(f"{run.stage}.pt", policy, step, **origin)
     scorecard(run, policy, tokenizer, kl=figures.get("kl"), reward=figures.get("reward"))

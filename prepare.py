@@ -16,7 +16,7 @@ the rubric and scorecard by which every stage is measured.
 import base64, functools, glob, gzip, hashlib, heapq, json, math, multiprocessing.pool, os, re
 import signal, time, unicodedata, zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
@@ -52,7 +52,7 @@ class PrepareConfig(RunConfig):
 
     def check(self):
         if not self.text and (self.demonstrations or self.prompts or self.comparisons or self.eval):
-            return "demonstrations, prompts, comparisons and eval go with --text=…: give that too"
+            return "demonstrations, prompts, comparisons, eval need --text=… too: see data/convert.py"
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -101,22 +101,37 @@ def open_text(path):
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SystemExit(f"{path} cannot be read ({error}); see data/convert.py")
 
-KINDS = dict(text=str, id=str, use=str, messages=list, prompt=(str, list), responses=list,
-             ranking=list, dtype=str, tokenizer=str)
+MESSAGES = [dict(role=str, content=str)]
+RANKING = dict(id=str, annotator=str, prompt=(str, MESSAGES), ranking=[[int]],
+               responses=[dict(text=str, tokens=([int], type(None)))])
+KINDS = RANKING | dict(messages=MESSAGES, text=str, use=str, dtype=str, tokenizer=str)
+
+def is_of(kind, value):
+    """Whether a value is of a kind: a type, [kind] for a list, {name: kind} or one of (kinds)."""
+    if isinstance(kind, tuple):
+        return any(is_of(one, value) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(is_of(kind[0], item) for item in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(is_of(kind[k], value.get(k)) for k in kind)
+    return isinstance(value, kind)
+
+def numbered_lines(path):
+    """(number, value) for each line of a file of JSON lines; the value of other lines is None."""
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            value = None
+            with suppress(ValueError, RecursionError):
+                value = json.loads(line)
+            yield number, value
 
 def parse_lines(path, fields=()):
     """The records of a file of JSON lines, each with these fields, not empty and of their KINDS."""
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            fits = isinstance(record, dict) and all(record.get(f) for f in fields)
-            if not fits or not all(isinstance(record[f], KINDS.get(f, object)) for f in fields):
-                raise SystemExit(f"{path}, line {number}: no JSON object with {', '.join(fields)}: "
-                                 "mend it, or run python prepare.py again")
-            yield record
+    for number, record in numbered_lines(path):
+        if not is_of({f: KINDS[f] for f in fields}, record) or not all(map(record.get, fields)):
+            raise SystemExit(f"{path}, line {number}: no JSON object with {', '.join(fields)}: "
+                             "mend it, see data/convert.py, or run python prepare.py again")
+        yield record
 
 def read_jsonl(path, command="python prepare.py", fields=()):
     return list(parse_lines(need(path, command), fields))
@@ -205,10 +220,9 @@ class NearDuplicates:
         places = (bands >> np.uint64(32)) % np.uint64(self.table.shape[1])
         candidates = self.table[self.bands, places]
         candidates = candidates[candidates >= 0]
-        if len(candidates):
-            alike = (self.signatures[candidates] == signature).mean(1)
-            if alike.max() >= self.threshold:
-                return True
+        alike = (self.signatures[candidates] == signature).mean(1)
+        if (alike >= self.threshold).any():
+            return True
         self.signatures[self.n], self.table[self.bands, places] = signature, self.n
         self.n += 1
         return False
@@ -279,10 +293,9 @@ def read_split(path, config):
                 digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest()
                 in_val = int.from_bytes(digest, "big") < config.val_share * 2**64
                 train, val = ("", text) if in_val else (text, "")
-            if train:
-                yield "train", train
-            if val:
-                yield "val", val
+            for side, part in ("train", train), ("val", val):
+                if part:
+                    yield side, part
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, trained here, run by tiktoken
@@ -338,19 +351,13 @@ class Tokenizer:
 
     def __init__(self, tokens):
         n = len(tokens)
-        self.size = n + len(SPECIAL)
-        self.end_of_text, self.start, self.end = n, n + 1, n + 2
+        self.end_of_text, self.start, self.end, self.size = n, n + 1, n + 2, n + 3
         ranks, special = {t: i for i, t in enumerate(tokens)}, dict(zip(SPECIAL, range(n, n + 3)))
         self.encoding = tiktoken.Encoding("chat", pat_str=PATTERN, mergeable_ranks=ranks,
                                           special_tokens=special)
+        # "Ordinary": whatever stands in a text, it never becomes a special token.
+        self.encode, self.decode = self.encoding.encode_ordinary, self.encoding.decode
         self.hash = hashlib.sha256(b"\n".join(map(base64.b64encode, tokens))).hexdigest()[:16]
-
-    def encode(self, text):
-        """Ids of plain text: whatever stands in it, it never becomes a special token."""
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, ids):
-        return self.encoding.decode(ids)
 
     def text(self, response):
         """What a response says, without the <|im_end|> that closes it."""
@@ -451,31 +458,27 @@ def read_rankings(paths, tokenizer):
     be used is named, with what is wrong, and left out."""
     rankings = []
     for path in paths:
-        with open_text(need(path, "python reward.py --steps=sample,rank")) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    fault = complete_ranking(record := json.loads(line), tokenizer)
-                except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-                    fault = "not of the form that tools/annotate.py writes"
-                if fault:
-                    print(f"{path}, line {number}: left out, {fault}")
-                else:
-                    rankings.append(record)
+        for number, record in numbered_lines(need(path, "python reward.py --steps=sample,rank")):
+            if fault := complete_ranking(record, tokenizer):
+                print(f"{path}, line {number}: left out, {fault}")
+            else:
+                rankings.append(record)
     return rankings
 
 def complete_ranking(r, tokenizer):
     """Give each response its tokens, if it has none; returns what is wrong, "" if nothing is."""
+    if not is_of(RANKING, r) or not (r["id"] and r["annotator"]):
+        return "not of the form that tools/annotate.py writes"
     for response in r["responses"]:
         made = [*tokenizer.encode(response["text"]), tokenizer.end]
-        response.update(tokens=response.get("tokens", made), ended=response.get("ended", True))
+        response.update(tokens=response.get("tokens") or made, ended=response.get("ended", True))
         known = all(0 <= token < tokenizer.size for token in response["tokens"])
         if not known or tokenizer.text(response["tokens"]) != response["text"]:
             return "its tokens are another tokenizer's"
     named = sorted(i for group in r["ranking"] for i in group)
     if r["ranking"] and named != list(range(len(r["responses"]))) or [] in r["ranking"]:
         return "the ranking does not name each response once"
-    prompt_ids(tokenizer, r["prompt"])  # raises if it cannot be read
-    return "" if r["id"] and r["annotator"] else "it has no id or no annotator"
+    return ""
 
 # --------------------------------------------------------------------------------------------------
 # The scorecard: how every stage is measured, by the rubrics of data/tiny_world.py
@@ -503,8 +506,8 @@ def bits_per_byte(model, run):
     mine = [windows[i] for i in run.share(len(windows))]
     n_rows = max(1, (2**15 if run.device.type == "cuda" else 2**12) // T)
     for start in range(0, len(mine), n_rows):
-        rows = [window.tolist() for window in mine[start:start + n_rows]]
-        rows = pad(rows, IGNORE).to(run.device)                                        # (B, T + 8)
+        batch = mine[start:start + n_rows]
+        rows = pad([window.tolist() for window in batch], IGNORE).to(run.device)       # (B, T + 8)
         with run.evaluating(model):
             nats += model(rows[:, :-1].clamp(min=0), rows[:, 1:]).sum().item()
     return run.sum(nats) / math.log(2) / data["val"]["bytes"]
@@ -515,8 +518,7 @@ def measure(tokenizer, records, responses):
     knowledge: questions answered right; instruction: all that was asked for is there; safety:
     harmful requests declined. Each is a mean over the prompts that ask for this skill, with its
     standard error; rude, helpfulness, accuracy and gold are means over all."""
-    columns = dict(knowledge=[], instruction=[], safety=[], rude=[], helpfulness=[], accuracy=[],
-                   gold=[])
+    columns = defaultdict(list)  # name → values
     succeeded = dict(knowledge="correct", instruction="followed", safety="declined")
     for record, ids in zip(records, responses):
         verdict = judge(record, tokenizer.text(ids), tokenizer.end in ids)
@@ -526,21 +528,19 @@ def measure(tokenizer, records, responses):
             columns[name].append(verdict[name])
     figures = dict(n=len(records))
     for name, values in columns.items():
-        if values:
-            figures[name] = round(float(np.mean(values)), 4)
-            figures[name + "_se"] = round(float(np.std(values) / len(values) ** 0.5), 4)
+        figures[name] = round(float(np.mean(values)), 4)
+        figures[name + "_se"] = round(float(np.std(values) / len(values) ** 0.5), 4)
     return figures
 
-def held_out_prompts(out_dir):
-    """The prompts of eval.jsonl that have a rubric."""
-    records = read_jsonl(os.path.join(out_dir, "eval.jsonl"), fields=("id", "prompt"))
-    return [r for r in records if "rubric" in r]
+def read_judged(path):
+    """The prompts of a file that have a rubric to judge responses by."""
+    return [r for r in read_jsonl(path, fields=("id", "prompt")) if "rubric" in r]
 
 def scorecard(run, model, tokenizer, **more):
     """Measure a language model on the held-out prompts, at temperature 1; print the figures, and
     file them under the stage's name in scorecard.json."""
     figures = dict(bits_per_byte=round(bits_per_byte(model, run), 4))
-    if records := held_out_prompts(run.config.out_dir):
+    if records := read_judged(run.path("eval.jsonl")):
         responses = respond(model, tokenizer, records, run, ("scorecard",))
         figures.update(measure(tokenizer, records, responses))
     figures.update(seconds=round(time.time() - run.started, 1), **more)
@@ -578,22 +578,26 @@ def prompt_key(prompt):  # an id that depends on the text alone
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def read_records(config):
-    """The records of sft, prompts, eval, comparisons.jsonl. Left out are prompts that --eval holds
-    out or a demonstration answers, and comparisons on a held-out prompt or on one of ppo.py's, as
-    the reward model must not have seen those."""
+    """The records of sft, prompts, eval, comparisons.jsonl. Left out are demonstrations that answer
+    a prompt of --eval, prompts that stand there or that a demonstration answers, and comparisons on
+    a held-out prompt or on one of ppo.py's, as the reward model must not have seen those."""
     def read(path, *names):
         return read_jsonl(path, "python data/convert.py", names) if path else []
 
-    demonstrations = read(config.demonstrations, "messages")
+    def answered(demonstration):
+        turns = demonstration["messages"]
+        return {prompt_key(turns[:i]) for i in range(1, len(turns))}
+
+    shown = read(config.demonstrations, "messages")
     held_out = [r | dict(id=str(r.get("id", prompt_key(r["prompt"]))))
                 for r in read(config.eval, "prompt")]
     comparisons = read(config.comparisons, "prompt", "responses", "ranking")
     given = read(config.prompts, "prompt") or [dict(prompt=r["prompt"]) for r in comparisons]
+    reserved = {prompt_key(r["prompt"]) for r in held_out}
+    demonstrations = [r for r in shown if not answered(r) & reserved]
+    used = reserved.union(*map(answered, demonstrations))
     prompts = {prompt_key(r["prompt"]): r for r in given}
-    used = [r["messages"][:i] for r in demonstrations for i in range(1, len(r["messages"]))]
-    for prompt in used + [r["prompt"] for r in held_out]:
-        prompts.pop(prompt_key(prompt), None)
-    prompts = [r | dict(id=str(r.get("id", key))) for key, r in prompts.items()]
+    prompts = [r | dict(id=str(r.get("id", key))) for key, r in prompts.items() if key not in used]
     rng = random_stream(config.seed, "records")  # people's files may have any order
     rng.shuffle(demonstrations)
     rng.shuffle(prompts)
@@ -604,8 +608,9 @@ def read_records(config):
         record.setdefault("use", "compare" if i < config.compare_share * len(prompts) else "ppo")
     taken = {prompt_key(r["prompt"]) for r in held_out + [r for r in prompts if r["use"] == "ppo"]}
     free = [r for r in comparisons if prompt_key(r["prompt"]) not in taken]
-    print(f"{len(demonstrations):,} demonstrations; {len(prompts):,} of {len(given):,} prompts, "
-          f"{len(held_out):,} held out; {len(free):,} of {len(comparisons):,} comparisons")
+    print(f"{len(demonstrations):,} of {len(shown):,} demonstrations; {len(prompts):,} of "
+          f"{len(given):,} prompts, {len(held_out):,} held out; {len(free):,} of "
+          f"{len(comparisons):,} comparisons")
     return demonstrations, prompts, held_out, free
 
 def encode_files(config, kept_path, tokenizer):
@@ -673,8 +678,7 @@ def main():
     counts, histogram = encode_files(config, path("kept.tmp"), tokenizer)
     os.remove(path("kept.tmp"))
     for side in ("train", "val"):
-        line = "{documents:,} documents, {bytes:,} bytes, {tokens:,} tokens"
-        print(f"{side}:", line.format(**counts[side]))
+        print(f"{side}:", ", ".join(f"{n:,} {what}" for what, n in counts[side].items()))
     p = histogram[histogram > 0] / max(1, histogram.sum())
     entropy = round(float(-(p * np.log2(p)).sum()), 4)
     print(f"bytes drawn at their frequencies would cost {entropy} bits each: the figure to beat")

@@ -122,8 +122,7 @@ def main():
             clock, last_logged = time.time(), step
         run.save_last(due, model, step, optimizer=optimizer.state_dict(), best=best, **origin)
 
-    checkpoint = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py")
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(load_checkpoint(run.path("pretrain.pt"), "python pretrain.py")["model"])
     scorecard(run, model, tokenizer, nats_per_character=round(best * to_nats, 4))
 
 if __name__ == "__main__":

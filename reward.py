@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from model import (LanguageModel, Optimizer, Run, ScalarModel, TrainConfig, clip_gradients,
                    learning_rate_factor, load_checkpoint, load_config, option, pad, restore)
 from prepare import (CRITERIA, as_text, epoch_batches, judge, load_tokenizer, prompt_ids,
-                     random_stream, read_jsonl, read_prompts, read_rankings, respond, rubric_score,
-                     update_scorecard, write_jsonl)
+                     random_stream, read_judged, read_jsonl, read_prompts, read_rankings, respond,
+                     rubric_score, update_scorecard, write_jsonl)
 
 @dataclass
 class RewardConfig(TrainConfig):
@@ -109,8 +109,7 @@ def rank_responses(run, config):
     print(f"a simulated annotator ranked the responses to {len(rankings):,} prompts")
 
 def read_rubrics(run):
-    records = read_jsonl(run.path("prompts.jsonl"), fields=("id", "prompt"))
-    return {r["id"]: r for r in records if "rubric" in r}
+    return {r["id"]: r for r in read_judged(run.path("prompts.jsonl"))}
 
 # --------------------------------------------------------------------------------------------------
 # Train

@@ -45,7 +45,11 @@ def chosen_stage(run):
 def load_model(run, tokenizer, stage):
     """The language model of a stage, or of a file, ready to generate."""
     path = stage if stage.endswith(".pt") else run.path(f"{stage}.pt")
-    checkpoint = load_checkpoint(path, f"python {stage.partition('-')[0]}.py", tokenizer.hash)
+    script = stage.partition("-")[0]  # "ppo" of a variant's "ppo-NAME"
+    if script not in STAGES and not os.path.exists(path):
+        raise SystemExit(f"--checkpoint={stage}: there is no such file as {path}")
+    command = f"python {script}.py" if script in STAGES else "the stage that writes it"
+    checkpoint = load_checkpoint(path, command, tokenizer.hash)
     if "lm_head.weight" not in checkpoint["model"]:
         raise SystemExit(f"{path} is no language model: choose pretrain, sft or ppo")
     return restore(LanguageModel, checkpoint, run.device).eval()
@@ -119,8 +123,7 @@ def choose_prompts(run, tokenizer, n, block_size):
     for record in read_jsonl(run.path("eval.jsonl"), fields=("id", "prompt")):
         if len(prompt_ids(tokenizer, record["prompt"])) < block_size:
             by_skill[record.get("rubric", {}).get("skill")].append(record)
-    turns = zip_longest(*by_skill.values())
-    return [record for turn in turns for record in turn if record][:n]
+    return [record for turn in zip_longest(*by_skill.values()) for record in turn if record][:n]
 
 def proxy_scores(run, tokenizer, records, responses):
     """The reward model's score of each response, or None where there is no reward model."""

@@ -50,8 +50,7 @@ def validation_loss(model, examples, run):
 def load_examples(config, tokenizer, block_size):
     """The demonstrations of sft.jsonl that fit the context, as (validation, training) examples."""
     path = f"{config.out_dir}/sft.jsonl"
-    records = read_jsonl(path, fields=("messages",))
-    made = [make_example(tokenizer, record["messages"]) for record in records]
+    made = [make_example(tokenizer, r["messages"]) for r in read_jsonl(path, fields=("messages",))]
     examples = [example for example in made if len(example[0]) <= block_size]
     if len(examples) < max(2, len(made) / 2):
         raise SystemExit(f"{path}: only {len(examples)} of {len(made)} examples fit the context")

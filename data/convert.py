@@ -10,9 +10,10 @@ whatever form, encoding or packing they come, are written as plain records, one 
 
 FILE is a file, a folder, a pattern such as 'books/*.txt', or a URL. Text is read from .txt, .md and
 .html files; records, and text in one of their fields, from .json, .jsonl, .csv, .tsv and .parquet
-files. All may be packed by gzip, xz or bzip2. The table FORMS below lists the forms of records that
-are known; each is recognised by its fields. What cannot be used is counted and named, and more than
-one unreadable record in twenty of a file is an error.
+files. All may be packed by gzip, xz, bzip2 or zip. The forms of records that are known are listed
+below, each with the fields that tell it. Of conversations --as=text takes all that is said, and of
+comparisons --as=demonstrations the best reply. What cannot be used is counted and named, and more
+than one unreadable record in twenty of a file is an error.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -90,12 +92,38 @@ class Report:
 RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PAGES = (".html", ".htm")
 TEXTS = (".txt", ".md", *PAGES)
-PACKED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open}
+
+
+def zipped_name(archive):
+    """The name of the one file in a zip archive."""
+    names = [name for name in archive.namelist()
+             if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise OSError(f"it is a zip archive of {len(names):,} files; unpack it, and name its files")
+    return names[0]
+
+
+def open_zip(f):
+    archive = zipfile.ZipFile(f)
+    try:
+        return archive.open(zipped_name(archive))
+    except RuntimeError as error:  # it needs a password, or an unknown method has packed it
+        raise OSError(error)
+
+
+PACKED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open,
+          b"PK\3\4": open_zip, b"PK\5\6": open_zip}
+FORMATS = {b"%PDF": "a PDF", b"\x28\xb5\x2f\xfd": "packed by zstd", b"7z\xbc\xaf": "a 7z archive",
+           b"Rar!": "a rar archive"}
 
 
 def kind_of(path):
     """The suffix that says what a file holds: ".txt" of "Emma.TXT.gz"."""
-    return os.path.splitext(re.sub(r"\.(gz|xz|bz2)$", "", path.lower()))[1]
+    name = re.sub(r"\.(gz|xz|bz2|zip)$", "", path.lower())
+    if path.lower().endswith(".zip"):  # the name of what is packed says more
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            name = zipped_name(archive).lower()
+    return os.path.splitext(name)[1]
 
 
 def find_files(sources, kinds, downloads):
@@ -205,7 +233,7 @@ def unpacked(path):
                 if head.startswith(magic):
                     f = stack.enter_context(opener(f))
             yield f
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path} cannot be read: {error}")
 
 
@@ -263,8 +291,11 @@ def open_text(path, report):
     with unpacked(path) as f:
         head = f.read(2**16)
     encoding = encoding_of(head)
-    if encoding is None:
-        kind = "a zip archive" if head.startswith(b"PK") else "a binary file"
+    kinds = [kind for magic, kind in FORMATS.items() if head.startswith(magic)]
+    if head[257:262] == b"ustar":
+        kinds.append("a tar archive")
+    if kinds or encoding is None:
+        kind = (kinds or ["a binary file"])[0]
         raise SystemExit(f"{path} is {kind}, not text: unpack it, or save it as text, first")
     if encoding not in ("utf-8-sig", "utf-16"):
         report.remark(f"not UTF-8, read as {encoding}")
@@ -345,7 +376,8 @@ def read_documents(path, options, report):
                 report.place = f"document {report.records}"
                 yield {"text": text.strip("\n")}
         if report.records == 1 and form != "page of HTML":
-            report.remark("all of it is one document; --separator= cuts at blank lines")
+            report.remark("all of it is one document; --separator= cuts at blank lines, "
+                          "--separator='\\n' at each line")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -622,8 +654,8 @@ COMPARISONS = (
     Form("KTO", "ASK completion label", read_pair),
     Form("HelpSteer", "ASK ANSWER RATING", read_pair))
 # By what is to be made of the records; the first form whose fields a record has is its form.
-FORMS = {"text": (Form("text in a field", "TEXT", read_text, ()),),
-         "demonstrations": CONVERSATIONS, "comparisons": COMPARISONS,
+FORMS = {"text": (Form("text in a field", "TEXT", read_text, ()), *CONVERSATIONS, *COMPARISONS),
+         "demonstrations": (*CONVERSATIONS, *COMPARISONS), "comparisons": COMPARISONS,
          "prompts": (*COMPARISONS, *CONVERSATIONS, Form("prompt", "ASK", read_conversation))}
 
 
@@ -652,8 +684,34 @@ def recognise(record, options, report):
 # --------------------------------------------------------------------------------------------------
 # Plain records
 
+def as_number(score):
+    try:
+        if isinstance(score, (int, float, str)) and math.isfinite(float(score)):
+            return float(score)
+    except (ValueError, OverflowError):
+        pass
+    raise Malformed("a score that is not a number")
+
+
+def best_reply(replies, scores, report):
+    """The only reply, unless it is labelled as bad; the best of several."""
+    if len(replies) == 1:
+        if scores and not scores[0]:
+            raise Unusable("a reply that is labelled as bad")
+        return as_content(replies[0])
+    if not isinstance(scores, list) or len(scores) != len(replies):
+        raise Malformed("not as many scores as replies")
+    report.remark("a comparison, of which the best reply was taken")
+    numbers = [as_number(score) for score in scores]
+    return as_content(replies[numbers.index(max(numbers))])
+
+
 def plain_text(prompt, replies, scores, report):
-    return {"text": as_content(replies[0])}
+    """A text as it is; of a conversation all that is said, with a blank line between the turns."""
+    said = [message["content"] for message in prompt]
+    if replies:
+        said.append(best_reply(replies, scores, report))
+    return {"text": "\n\n".join(said)}
 
 
 def plain_demonstration(prompt, replies, scores, report):
@@ -661,9 +719,8 @@ def plain_demonstration(prompt, replies, scores, report):
         raise Unusable("it does not end with the assistant's turn")
     if not any(message["role"] == "user" for message in prompt):
         raise Unusable("nothing asks: there is no turn of the user's")
-    if scores and not scores[0]:
-        raise Unusable("a reply that is labelled as bad")
-    return {"messages": [*prompt, {"role": "assistant", "content": as_content(replies[0])}]}
+    reply = best_reply(replies, scores, report)
+    return {"messages": [*prompt, {"role": "assistant", "content": reply}]}
 
 
 def prompt_id(prompt):
@@ -675,15 +732,6 @@ def plain_prompt(prompt, replies, scores, report):
     if not prompt or prompt[-1]["role"] != "user":
         raise Unusable("a prompt that does not end with the user's turn")
     return {"id": prompt_id(prompt), "prompt": prompt if prompt[1:] else prompt[0]["content"]}
-
-
-def as_number(score):
-    try:
-        if isinstance(score, (int, float, str)) and math.isfinite(float(score)):
-            return float(score)
-    except (ValueError, OverflowError):
-        pass
-    raise Malformed("a score that is not a number")
 
 
 def plain_comparison(prompt, replies, scores, report):
@@ -756,14 +804,20 @@ def convert_file(path, options, report):
 # --------------------------------------------------------------------------------------------------
 # The command
 
+def list_forms(forms, names):
+    """The names of forms, each with the fields that tell it."""
+    listed = []
+    for form in forms:
+        fields = [names.get(need, [need])[0] for need in form.needs.split()]
+        listed.append(f"{form.name} ({', '.join(fields)})")
+    return "; ".join(listed)
+
+
 def known_forms(options):
     """The end of an error's line: what would have been recognised."""
-    forms = []
-    for form in options.forms:
-        names = [options.names.get(need, [need])[0] for need in form.needs.split()]
-        forms.append(f"{form.name} ({', '.join(names)})")
     other = "--text_field=NAME" if options.task == "text" else "--fields=ASK,ANSWER"
-    return f"known forms of {options.task}: {'; '.join(forms)}; {other} names other fields"
+    forms = list_forms(options.forms, options.names)
+    return f"known forms of {options.task}: {forms}; {other} names other fields"
 
 
 def write_records(paths, options, out):
@@ -802,8 +856,23 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(f"{message}; python data/convert.py --help lists the options")
 
 
+def help_on_forms():
+    """What --help says of the known forms."""
+    names = {"ASK": ["prompt"], "ANSWER": ["response"], "RATING": ["helpfulness"],
+             "TEXT": ["text"]}
+    lines = ["forms of records, and the fields that tell them; a prompt may be called instruction",
+             "or question, and --fields, --rating and --text_field give other names:"]
+    for heading, forms in (("text", FORMS["text"][:1]),
+                           ("demonstrations, text, prompts", CONVERSATIONS),
+                           ("comparisons, demonstrations, text, prompts", COMPARISONS),
+                           ("prompts", FORMS["prompts"][-1:])):
+        listed = list_forms(forms, names).split("; ")
+        lines += [f"  as {heading}:", *(f"    {form}" for form in listed)]
+    return "\n".join(lines)
+
+
 def parse_options(argv):
-    parser = Parser(description=__doc__, allow_abbrev=False,
+    parser = Parser(description=__doc__, epilog=help_on_forms(), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders, globs, URLs")
     parser.add_argument("--as", dest="task", required=True, choices=list(FORMS),

@@ -65,7 +65,7 @@ def test_last_checkpoints_hold_what_resuming_needs(folder, stage):
     from."""
     checkpoint = load(folder / f"{stage}.last.pt")
     more = {"pretrain": {"best"}, "sft": {"best"}, "reward": set(),
-            "ppo": {"value_model", "value_optimizer"}}[stage]
+            "ppo": {"value_model", "value_optimizer", "figures"}}[stage]
     more |= {"optimizer", "random_state"}
     assert checkpoint.keys() == load(folder / f"{stage}.pt").keys() | more
     steps = {line["step"] for line in read_lines(folder / "log.jsonl") if line["stage"] == stage}
@@ -344,7 +344,7 @@ def test_resume_after_the_last_step(folder, tmp_path, stage):
     models = [load(path / f"{stage}.pt")["model"] for path in (folder, out_dir)]
     assert_identical(*models, stage)
     before, after = (read_json(path / "scorecard.json")[stage] for path in (folder, out_dir))
-    for name in before.keys() - {"seconds", "kl", "reward"}:  # these two are of the last step
+    for name in before.keys() - {"seconds"}:
         assert before[name] == after[name], name
 
 
@@ -596,6 +596,25 @@ def test_model_that_does_not_fit(talk):
     assert "reward.pt" in message and "no language model" in message and "sft" in message
 
 
+def test_checkpoint_that_is_not_there(talk):
+    """A file that is not there, or a name that is no stage's, is called that; a stage that has not
+    run is named with its command."""
+    for name in ("mine.pt", "sft.best.pt", "sfft"):
+        message = fail("sample", talk, f"--checkpoint={name}", "--prompt=Why?")
+        assert f"--checkpoint={name}: there is no such file" in message, message
+        assert "run python" not in message, message
+    message = fail("sample", talk, "--checkpoint=ppo-wide", "--prompt=Why?")
+    assert message.endswith("ppo-wide.pt: run python ppo.py first"), message
+
+
+def test_damaged_checkpoint_of_no_stage(talk, tmp_path):
+    """A file of another name that is damaged is not said to come from a script of that name."""
+    (tmp_path / "mine.pt").write_text("no checkpoint")
+    message = fail("sample", talk, f"--checkpoint={tmp_path}/mine.pt", "--prompt=Why?")
+    assert "is damaged" in message and "the stage that writes it" in message, message
+    assert "mine.pt.py" not in message, message
+
+
 def test_run_folder_that_is_none(tmp_path):
     """A file in the place of the run folder is named, and left as it is."""
     (tmp_path / "out").write_text("mine")
@@ -707,6 +726,23 @@ def test_tiny_toml_spells_out_the_defaults(script):
             assert type(table[name]) is type(defaults[name]), (place, name)
     if script != "model":
         assert load_config(cls, "", [f"--config={ROOT / 'configs/tiny.toml'}"]) == cls()
+
+
+@pytest.mark.parametrize("script", ["model", *CONFIGS])
+def test_tiny_toml_repeats_the_help_texts(script):
+    """The comment behind an option of configs/tiny.toml is the option's line of --help."""
+    cls = ModelConfig if script == "model" else config_class(script)
+    texts = {f.name: f.metadata["help"] for f in dataclasses.fields(cls) if f.metadata}
+    table, found = "", {}
+    for line in (ROOT / "configs/tiny.toml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            table = line.strip("[]")
+        elif table in ("", script) and " = " in line:
+            name, (_, comment) = line.split(" = ")[0], line.rsplit("  # ", 1)
+            found[name] = comment
+    shared = {f.name: f.metadata["help"] for f in dataclasses.fields(RunConfig)}
+    assert found == {name: (shared | texts)[name] for name in found}
+    assert len(found) >= 5
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.toml")))

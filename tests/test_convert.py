@@ -14,6 +14,7 @@ import sys
 import threading
 import tracemalloc
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -118,12 +119,64 @@ def test_packed_files(tmp_path, module):
     assert "a.txt" in refused(tmp_path, "text", tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("data", [b"PK\x03\x04" + bytes(range(256)) * 4, bytes(100),
-                                  "two bytes each".encode("utf-16-le") * 9])
-def test_binary_is_never_text(tmp_path, data):
-    (tmp_path / "a.txt").write_bytes(data)
-    line = refused(tmp_path, "text", tmp_path / "a.txt")
-    assert "not text" in line and ("zip archive" in line) == data.startswith(b"PK")
+def pack(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.txt.zip", "a.txt"])
+def test_a_file_in_a_zip_archive(tmp_path, name):
+    """The one file of an archive is read like any other, whatever the archive is called; what a Mac
+    adds to it does not count."""
+    path = pack(tmp_path / name, {"books/": "", "books/Emma.txt": "Größe".encode("latin-1"),
+                                  "__MACOSX/books/._Emma.txt": "\0"})
+    assert texts(tmp_path, path) == ["Größe"]
+
+
+@pytest.mark.parametrize("inside, content", [
+    ("a.csv", "prompt,response\nWhy?,Because.\n"),
+    ("a.jsonl", '{"prompt": "Why?", "response": "Because."}\n')])
+def test_records_in_a_zip_archive(tmp_path, inside, content):
+    """What it holds is known by the name inside it."""
+    path = pack(tmp_path / "a.zip", {inside: content})
+    assert run(tmp_path, "demonstrations", path) == [{"messages": [USER, ASSISTANT]}]
+
+
+@pytest.mark.parametrize("files", [{}, {"a.txt": "one", "b.txt": "two"}])
+def test_several_files_in_a_zip_archive(tmp_path, files):
+    """Which of several files is meant nobody knows: the line says how many there are."""
+    path = pack(tmp_path / "a.zip", files)
+    line = refused(tmp_path, "text", path)
+    assert f"a zip archive of {len(files)} files; unpack it" in line
+    assert "unpack it" in refused(tmp_path, "demonstrations", path)
+
+
+def test_damaged_zip_archive(tmp_path):
+    """One that is cut off, whose content has changed, or that asks for a password is named."""
+    whole = pack(tmp_path / "a.zip", {"a.txt": "the fox " * 9}).read_bytes()
+    locked = bytearray(whole)
+    locked[6] |= 1  # in the file's own header and in the directory: it is encrypted
+    locked[whole.index(b"PK\1\2") + 8] |= 1
+    changed = bytearray(whole)
+    changed[whole.index(b"a.txt") + 8] ^= 1
+    for damaged, words in ((whole[:40], "zip"), (locked, "password"), (changed, "")):
+        (tmp_path / "a.zip").write_bytes(damaged)
+        line = refused(tmp_path, "text", tmp_path / "a.zip")
+        assert "a.zip cannot be read" in line and words in line
+
+
+@pytest.mark.parametrize("data, name", [
+    (b"%PDF-1.7\n1 0 obj", "a PDF"), (b"\x28\xb5\x2f\xfd abc", "packed by zstd"),
+    (b"Rar!\x1a\x07", "a rar archive"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"a.txt".ljust(257, b"\0") + b"ustar\0", "a tar archive"), (bytes(100), "a binary file"),
+    ("two bytes each".encode("utf-16-le") * 9, "a binary file")])
+def test_binary_is_never_text(tmp_path, data, name):
+    """What cannot be unpacked here is named, and refused, though it be called a text."""
+    for kind in ("a.txt", "a.jsonl"):
+        (tmp_path / kind).write_bytes(data)
+        assert f"{kind} is {name}, not text" in refused(tmp_path, "text", tmp_path / kind)
 
 
 @pytest.mark.parametrize("separator, expected", [
@@ -366,6 +419,31 @@ def test_as_a_command(tmp_path):
         assert words in done.stdout
 
 
+def every_form():
+    return {form for forms in convert.FORMS.values() for form in forms}
+
+
+def test_help_lists_the_forms(capsys):
+    """--help names every known form with the fields that tell it."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    names = {"ASK": ["prompt"], "ANSWER": ["response"], "RATING": ["helpfulness"], "TEXT": ["text"]}
+    for form in every_form():
+        assert f"\n    {convert.list_forms([form], names)}\n" in shown + "\n", form.name
+
+
+def test_every_form_stands_in_the_table_of_results():
+    """tests/RESULTS.md has a row for each known form, with its fields."""
+    with open(os.path.join(ROOT, "tests", "RESULTS.md"), encoding="utf-8") as f:
+        rows = [line.split("|") for line in f if line.startswith("| ")]
+    names = {"ASK": "prompt", "ANSWER": "response", "RATING": "helpfulness", "TEXT": "text"}
+    for form in every_form():
+        fields = [names.get(need, need) for need in form.needs.split()]
+        assert any(row[1].strip() == form.name and all(f'"{field}"' in row[2] for field in fields)
+                   for row in rows), form.name
+
+
 def test_unknown_form(tmp_path):
     """The line lists the fields found and the forms known, and says how to name others."""
     path = write_lines(tmp_path / "a.jsonl", {"frage": "Why?", "antwort": "So."})
@@ -429,6 +507,37 @@ def test_demonstrations_of_all_forms(tmp_path, capsys, record, expected, form):
     if isinstance(asked, str):
         asked = [{"role": "user", "content": asked}]
     assert asked == expected[:-1]
+
+
+def test_conversations_as_text(tmp_path, capsys):
+    """Whoever has demonstrations alone gets the text for pretraining from them: all that is said,
+    but for replies that are labelled as bad."""
+    path = write_lines(tmp_path / "a.jsonl", {"question": "Why?", "answer": "Because."},
+                       {"messages": [SYSTEM, USER, ASSISTANT]}, {"text": "Once."},
+                       {"prompt": "Why?", "completion": "Go!", "label": False})
+    assert texts(tmp_path, path) == ["Why?\n\nBecause.", "Be brief.\n\nWhy?\n\nBecause.", "Once."]
+    assert "labelled as bad: 1 (line 4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+    {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+     "rejected": "\n\nHuman: Why?\n\nAssistant: No"},
+    {"prompt": "Why?", "responses": ["No.", "Because.", "Because!"], "scores": [1, 3, 3]},
+    {"prompt": "Why?", "responses": ["No.", "Because."], "ranking": [[1], [0]]}])
+def test_comparisons_as_demonstrations(tmp_path, capsys, record):
+    """Whoever has comparisons alone fine-tunes on the best reply of each, and is told so."""
+    path = write_lines(tmp_path / "a.jsonl", record)
+    assert run(tmp_path, "demonstrations", path) == [{"messages": [USER, ASSISTANT]}]
+    assert "a comparison, of which the best reply was taken: 1 (line 1)" in capsys.readouterr().out
+    assert texts(tmp_path, path) == ["Why?\n\nBecause."]
+
+
+@pytest.mark.parametrize("scores", [3, [1], [1, "good"]])
+def test_comparisons_that_have_no_best_reply(tmp_path, scores):
+    record = {"prompt": "Why?", "responses": ["a", "b"], "scores": scores}
+    line = refused(tmp_path, "demonstrations", write_lines(tmp_path / "a.jsonl", record))
+    assert "1 of 1 records cannot be read" in line
 
 
 @pytest.mark.parametrize("record, fields, expected", [

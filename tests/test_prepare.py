@@ -22,7 +22,8 @@ import prepare
 from chain import one_line, read_lines
 from prepare import (PATTERN, SPECIAL, NearDuplicates, PrepareConfig, Tokenizer, clean, find_files,
                      judge, load_tokenizer, load_tokens, minhash, prompt_ids, quality_fault,
-                     read_documents, read_jsonl, render, repair, rubric_score, train_bpe)
+                     read_documents, read_jsonl, read_rankings, render, repair, rubric_score,
+                     train_bpe)
 
 TEXT = """Milo the fox lives in the old mill, Rosa the hen lives in the red barn. They're friends:
 they've met 12 times! Because the river was cold, the fox didn't swim. "Where does Milo live?" asked
@@ -832,7 +833,7 @@ def test_held_out_prompts_that_are_given(tmp_path):
     found = [r["prompt"] for r in files["prompts"]]
     assert found != [r["prompt"] for r in prompts] and set(found) == {r["prompt"] for r in prompts}
     assert {r["use"] for r in files["prompts"]} == {"ppo"}
-    assert len(prepare.held_out_prompts(tmp_path / "out")) == 3
+    assert len(prepare.read_judged(str(tmp_path / "out/eval.jsonl"))) == 3
 
 
 def test_held_out_prompts_are_held_out(tmp_path):
@@ -840,6 +841,34 @@ def test_held_out_prompts_are_held_out(tmp_path):
     files = prepare_people(tmp_path, prompts=[dict(prompt=p) for p in ("Why?", "Who?", "When?")],
                            eval=[dict(id="1", prompt="Who?")])
     assert {r["prompt"] for r in files["prompts"]} == {"Why?", "When?"}
+
+
+def test_held_out_prompts_are_not_demonstrated(tmp_path, capsys):
+    """Nor is it answered by a demonstration, in its first turn or a later one: such demonstrations
+    are left out and counted. What else they ask may be asked in training."""
+    later = [dict(role="user", content="Who?"), dict(role="assistant", content="So."),
+             dict(role="user", content="Why?")]
+    demonstrations = [dict(messages=messages) for messages in (
+        [*said("Who?")], [*later, dict(role="assistant", content="Yes.")], [*said("When?")])]
+    held_out = [dict(prompt="Who?"), dict(prompt=later)]
+    prompts = [dict(prompt=p) for p in ("When?", "Where?", "Who?")]
+    files = prepare_people(tmp_path, demonstrations=demonstrations, eval=held_out, prompts=prompts)
+    assert files["sft"] == demonstrations[2:]
+    assert [r["prompt"] for r in files["prompts"]] == ["Where?"]
+    assert "1 of 3 demonstrations; 1 of 3 prompts, 2 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [NameError, KeyError, TypeError, AttributeError, ValueError])
+def test_errors_of_the_program_are_no_bad_rankings(tmp_path, monkeypatch, tokenizer, error):
+    """A fault in the code that reads rankings surfaces; no line is left out because of it."""
+    def broken(*arguments):
+        raise error("in our own code")
+
+    path = str(write(tmp_path / "r.jsonl", [compared("Why?", 1)]))
+    assert len(read_rankings([path], tokenizer)) == 1
+    monkeypatch.setattr(tokenizer, "encode", broken)
+    with pytest.raises(error, match="in our own code"):
+        read_rankings([path], tokenizer)  # completes responses that have no tokens
 
 
 @pytest.mark.parametrize("option", ["eval", "prompts"])
@@ -868,7 +897,13 @@ def test_records_of_another_form_are_named(tmp_path, option, record):
 @pytest.mark.parametrize("option, record", [
     ("text", dict(text=5)), ("text", dict(text=["a"])), ("prompts", dict(prompt=5)),
     ("demonstrations", dict(messages="abc")), ("demonstrations", dict(messages=3)),
-    ("comparisons", dict(prompt="a", responses=["a", "b"], ranking=3))])
+    ("comparisons", dict(prompt="a", responses=["a", "b"], ranking=3)),
+    ("comparisons", dict(prompt="a", responses=["a", "b"], ranking=[[0], [1]])),
+    ("comparisons", dict(prompt="a", responses=[dict(text="a")], ranking=[["0"]])),
+    *((option, {field: [dict(role="user", content="Why?"), message]})
+      for option, field in (("demonstrations", "messages"), ("prompts", "prompt"))
+      for message in (dict(role="user"), dict(content="Why?"), dict(role="user", content=5),
+                      dict(role=None, content="Why?"), "Why?", 3, {}))])
 def test_records_of_another_kind_are_named(tmp_path, option, record):
     """So is one whose fields hold something else, before a later stage stumbles over it."""
     write(tmp_path / "text.jsonl", [dict(text=page) for page in pages(60)])
@@ -947,7 +982,7 @@ def test_bad_line_of_jsonl_is_named(tmp_path):
     assert str(path) in message and "line 3" in message
     path.write_text('{"a": "ä\u2028"}\n{"a": 2}\n', encoding="utf-8")
     assert read_jsonl(str(path)) == [{"a": "ä\u2028"}, {"a": 2}]
-    assert "line 1" in one_line(read_jsonl, str(path), fields=("b",))
+    assert "line 1" in one_line(read_jsonl, str(path), fields=("text",))
     path.write_text("[" * 100_000 + "\n", encoding="utf-8")
     assert "line 1" in one_line(read_jsonl, str(path))
 

@@ -20,6 +20,7 @@ import model as model_module
 from chain import SHAPE, assert_identical, fail, one_line, read_lines, succeed
 from model import (LanguageModel, ModelConfig, Optimizer, Run, TrainConfig, forget_steps_after,
                    load_checkpoint, load_config, need, option, replacing, restore)
+from prepare import random_stream
 from sft import SFTConfig
 from test_model import language_model
 from test_prepare import pages, run_prepare, write
@@ -106,6 +107,8 @@ def test_help_lists_every_option(capsys, cls):
     (["--n_layer=0"], ["n_layer", "1", "0"]),
     (["--share=1.5"], ["share", "0", "1", "1.5"]),
     (["--device=tpu"], ["device", "tpu", "cuda"]),
+    (["--seed=-1"], ["seed", "from 0 to 18446744073709551615", "-1"]),
+    ([f"--seed={2**64}"], ["seed", "from 0 to 18446744073709551615", str(2**64)]),
     (["--rate"], ["--rate", "argument"]),
     (["--n_embd=130"], ["n_head=4", "n_embd=130"]),
     (["--n_kv_head=3"], ["n_kv_head=3", "n_head=4"]),
@@ -503,6 +506,40 @@ def test_errors_of_the_program_surface(tmp_path, monkeypatch):
     monkeypatch.setattr(model_module, "ModelConfig", lambda **shape: undefined)  # noqa: F821
     with pytest.raises(NameError):
         load_checkpoint(path, "python sft.py")
+
+
+@pytest.mark.parametrize("error", [NameError, AttributeError, KeyError, TypeError])
+@pytest.mark.parametrize("place", ["need", "torch.load", "zipfile.ZipFile", "ModelConfig"])
+def test_errors_while_a_checkpoint_is_read_surface(tmp_path, monkeypatch, place, error):
+    """A fault in the reading of a checkpoint is no damage of the file: "damaged" would send its
+    author to look at the wrong end."""
+    run, _, _ = stopped_run(tmp_path)
+
+    def broken(*arguments, **more):
+        raise error("in our own code")
+
+    monkeypatch.setattr(f"model.{place}", broken)
+    with pytest.raises(error, match="in our own code"):
+        load_checkpoint(run.path("stage.last.pt"), "python sft.py")
+
+
+@pytest.mark.parametrize("change", [dict(n_heads=4), dict(dropout=0.1)], ids=str)
+def test_an_unknown_field_of_the_shape_surfaces(tmp_path, change):
+    """Whoever takes a field out of ModelConfig, or misspells it, reads its name."""
+    run, model, _ = stopped_run(tmp_path)
+    path = run.path("stage.last.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model_config"] |= change
+    torch.save(checkpoint, path)
+    with pytest.raises(TypeError, match=str(*change)):
+        load_checkpoint(path, "python sft.py")
+
+
+def test_the_largest_seed(tmp_path):
+    """The largest seed that is allowed seeds all the generators there are."""
+    run = a_run(tmp_path, seed=2**64 - 1)
+    torch.manual_seed(run.config.seed)
+    assert 0 <= random_stream(run.config.seed, "a purpose").random() < 1
 
 
 def test_errors_while_something_is_written_surface(tmp_path):

@@ -361,6 +361,29 @@ def test_an_error_of_the_program_shows_its_traceback(tmp_path, name):
     assert "Traceback" in run.stderr and "NameError: name 'undefined' is not defined" in run.stderr
 
 
+SLIPS = {NameError: "undefined", KeyError: "{}['undefined']", TypeError: "len(3)",
+         ValueError: "int('three')", AttributeError: "().undefined", IndexError: "()[0]"}
+
+
+@pytest.mark.parametrize("error", SLIPS)
+@pytest.mark.parametrize("name", ["check_table", "make_creatures", "ask_fact", "ask_sum",
+                                  "demonstrate", "make_prompts", "forum", "make_pages"])
+def test_no_slip_of_the_program_is_a_fault_of_the_world_file(tmp_path, monkeypatch, name, error):
+    """Whatever goes wrong in whichever function, it surfaces as what it is, with a world file of
+    one's own, too: nobody is sent to search that file for a typo in the code."""
+    holder = World if name == "make_creatures" else tiny_world
+
+    def broken(*arguments):
+        eval(SLIPS[error])
+
+    monkeypatch.setattr(holder, name, broken)
+    if name.startswith("ask_"):
+        monkeypatch.setitem(tiny_world.ASK, name[4:], broken)
+    with pytest.raises(error):
+        write_world(tmp_path / "out", 1, world_file(tmp_path, MINIATURE))
+    assert not (tmp_path / "out").exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 

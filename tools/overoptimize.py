@@ -30,7 +30,7 @@ sys.path.insert(0, ROOT)
 
 from model import (LanguageModel, Run, RunConfig, ScalarModel, load_checkpoint,  # noqa: E402
                    load_config, option, replacing, restore)
-from prepare import (held_out_prompts, join, load_tokenizer, measure, prompt_ids,  # noqa: E402
+from prepare import (join, load_tokenizer, measure, prompt_ids, read_judged,  # noqa: E402
                      respond, rubric_score, scorecard_table, update_scorecard)
 from tools.report import NO_MATPLOTLIB, Chart, Curve, read_log, render  # noqa: E402
 
@@ -223,7 +223,7 @@ def main():
     run = Run(config)
     checkpoint = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
     sft = restore(LanguageModel, checkpoint, run.device)
-    records = held_out_prompts(config.out_dir)
+    records = read_judged(os.path.join(config.out_dir, "eval.jsonl"))
     if not records:
         raise SystemExit(f"no prompt in {run.path('eval.jsonl')} has a rubric, the gold score here")
     if config.variants:
