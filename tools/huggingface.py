@@ -1,8 +1,8 @@
 """Models out to the formats of Hugging Face and llama.cpp, and pretrained Qwen3 models in.
 
-    python tools/huggingface.py export out/tiny/ppo.pt ../milo            a folder: transformers, vLLM
-    python tools/huggingface.py export out/tiny/ppo.pt ../milo/milo.gguf  a file: llama.cpp, Ollama
-    python tools/huggingface.py import ../Qwen3-0.6B --out_dir=out/qwen   a run folder, to go on from
+    python tools/huggingface.py export out/tiny/ppo.pt ../milo            a folder: transformers, …
+    python tools/huggingface.py export out/tiny/ppo.pt ../milo/milo.gguf  a file: llama.cpp, …
+    python tools/huggingface.py import ../Qwen3-0.6B --out_dir=out/qwen   a run folder, to tune it
 
 The modules of model.py carry Hugging Face's names, so the weights only change their container. Most
 of this script is about the tokenizer, which has to give the same ids everywhere. One thing differs:
@@ -27,7 +27,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from model import LanguageModel, ModelConfig, load_checkpoint, lock_folder, replacing  # noqa: E402
+from model import (LanguageModel, ModelConfig, Parser, load_checkpoint,  # noqa: E402
+                   lock_folder, replacing)
 from prepare import PATTERN, SPECIAL, Tokenizer, load_tokenizer  # noqa: E402
 
 # What every model of this project has. With another value it is another architecture.
@@ -99,12 +100,10 @@ def tokenizer_json(tokenizer):
                     normalized=False, special=True) for i, text in enumerate(SPECIAL)]
     split = dict(type="Split", pattern=dict(Regex=PATTERN), behavior="Isolated", invert=False)
     as_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="",
-               end_of_word_suffix="", fuse_unk=False, byte_fallback=False, ignore_merges=False,
-               vocab={token: rank for rank, token in enumerate(tokens)}, merges=merges)
-    return dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None,
+    vocab = {token: rank for rank, token in enumerate(tokens)}
+    return dict(version="1.0", added_tokens=special, normalizer=None, post_processor=None,
                 pre_tokenizer=dict(type="Sequence", pretokenizers=[split, as_bytes]),
-                post_processor=None, decoder=as_bytes, model=bpe)
+                decoder=as_bytes, model=dict(type="BPE", vocab=vocab, merges=merges))
 
 
 def read_tokenizer_json(path):
@@ -287,8 +286,9 @@ def export_model(args):
         os.makedirs(os.path.dirname(args.to) or ".", exist_ok=True)
         write_gguf(args.to, c, state, tokenizer)
     else:
-        raise SystemExit(f"{args.checkpoint} is a reward model: export it to a folder, not to .gguf")
-    print(f"{args.to}: {sum(t.numel() for t in state.values()):,} weights, {tokenizer.size:,} tokens")
+        raise SystemExit(f"{args.checkpoint} is a reward model: it can become a folder, no .gguf")
+    n_weights = sum(tensor.numel() for tensor in state.values())
+    print(f"{args.to}: {n_weights:,} weights, {tokenizer.size:,} tokens")
     if bias is not None:
         print(f"Qwen3ForSequenceClassification has no bias: all its scores are {-bias.item():+.4f} "
               "off, which changes no preference")
@@ -338,7 +338,7 @@ def import_model(args):
         state[name] = state[name][:tokenizer.size].clone()
     if c.tie_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    with torch.device("meta"):  # shapes without memory
+    with reading(os.path.join(args.folder, "config.json")), torch.device("meta"):  # takes no memory
         expected = LanguageModel(c).state_dict()
     for name in sorted(expected.keys() | state.keys()):
         found, wanted = [tensors[name].shape if name in tensors else None
@@ -357,33 +357,26 @@ def import_model(args):
           f"next: python prepare.py --out_dir={args.out_dir} --tokenizer={new[1]}")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, for options written in full."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message):
-        raise SystemExit(f"{message}; see python tools/huggingface.py --help")
-
-
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    exports = commands.add_parser("export", help="write a model for other programs")
+    commands = parser.add_subparsers(dest="command", required=True)
+    exports = commands.add_parser("export", allow_abbrev=False, help="write a trained model")
     exports.add_argument("checkpoint", help="a file such as out/tiny/ppo.pt")
     exports.add_argument("to", help="a new folder, or a new file that ends in .gguf")
     exports.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                          help="of the weights; default: that of the checkpoint")
     exports.set_defaults(run=export_model)
-    imports = commands.add_parser("import", help="make a run folder from a pretrained Qwen3 model")
+    imports = commands.add_parser("import", allow_abbrev=False, help="read a pretrained model")
     imports.add_argument("folder", help="config.json, tokenizer.json and *.safetensors")
     imports.add_argument("--out_dir", required=True, help="the new run folder")
     imports.add_argument("--block_size", type=int, default=1024,
                          help="the longest sequence, in tokens; a long one takes memory")
     imports.set_defaults(run=import_model)
     args = parser.parse_args(argv)
-    args.run(args)
+    try:
+        args.run(args)
+    except OSError as error:  # a folder that cannot be made or read: it names the path
+        raise SystemExit(str(error))
 
 
 if __name__ == "__main__":
