@@ -40,7 +40,8 @@ class PrepareConfig(RunConfig):
     eval: str = option("", 'a file of {"prompt", "rubric"} to hold out; default: some prompts')
     n_eval: int = option(600, "without eval: so many prompts are held out, a tenth at most", low=1)
     compare_share: float = option(0.75, "share of your prompts for reward.py", low=0.01, high=0.99)
-    vocab_size: int = option(1280, "tokens at most, the three special ones included", low=259)
+    tokenizer: str = option("", "a tokenizer.tiktoken to use; default: learn one from the text")
+    vocab_size: int = option(1280, "tokens at most, 3 of them special; short texts: fewer", low=259)
     bpe_megabytes: float = option(10.0, "the tokenizer learns from so much of the text", low=0.001)
     val_share: float = option(0.05, "share of the text for validation", low=0.0001, high=0.5)
     val_tail: bool = option(False, "validate on the end of the text, not on documents all over it")
@@ -300,9 +301,10 @@ def read_split(path, config):
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, trained here, run by tiktoken
 
-# As Qwen's: contractions, words with the blank before them, single digits, punctuation, blanks.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]|\s+(?!\S)|\s+")
+# Qwen's own, letter for letter, by which other programs recognise it: contractions, words with the
+# blank before them, single digits, punctuation, blanks.
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 def train_bpe(texts, n_tokens):
     """Byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes, and merge the most
@@ -363,14 +365,17 @@ class Tokenizer:
         """What a response says, without the <|im_end|> that closes it."""
         return self.decode([token for token in response if token != self.end])
 
-def load_tokenizer(out_dir):
-    path = need(os.path.join(out_dir, "tokenizer.tiktoken"), "python prepare.py")
-    with open(path, "rb") as f:
+def read_tokens(path):
+    """The tokens of a file in tiktoken's format, in order of rank."""
+    with open(need(path, "python prepare.py"), "rb") as f:
         lines = [line.split() for line in f.read().splitlines()]
     ranks = [int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()]
     if len(lines) < 256 or ranks != list(range(len(lines))):
         raise SystemExit(f"{path} is damaged: run python prepare.py again")
-    return Tokenizer([base64.b64decode(token + b"==") for token, _ in lines])
+    return [base64.b64decode(token + b"==") for token, _ in lines]
+
+def load_tokenizer(out_dir):
+    return Tokenizer(read_tokens(os.path.join(out_dir, "tokenizer.tiktoken")))
 
 def load_tokens(out_dir, split, tokenizer=None):
     """The ids of train.bin or val.bin, mapped into memory, and what data.json says of them."""
@@ -504,7 +509,8 @@ def bits_per_byte(model, run):
     T, nats = model.model.config.block_size, 0.0
     windows = [tokens[i:i + T + 1] for i in range(0, len(tokens) - 1, T)]
     mine = [windows[i] for i in run.share(len(windows))]
-    n_rows = max(1, (2**15 if run.device.type == "cuda" else 2**12) // T)
+    # So many windows at once that the logits fit the memory, however large the vocabulary is.
+    n_rows = 2 ** (25 if run.device.type == "cuda" else 22) // (T * model.lm_head.out_features) or 1
     for start in range(0, len(mine), n_rows):
         batch = mine[start:start + n_rows]
         rows = pad([window.tolist() for window in batch], IGNORE).to(run.device)       # (B, T + 8)
@@ -611,7 +617,7 @@ def read_records(config):
     print(f"{len(demonstrations):,} of {len(shown):,} demonstrations; {len(prompts):,} of "
           f"{len(given):,} prompts, {len(held_out):,} held out; {len(free):,} of "
           f"{len(comparisons):,} comparisons")
-    return demonstrations, prompts, held_out, free
+    return dict(sft=demonstrations, prompts=prompts, eval=held_out, comparisons=free)
 
 def encode_files(config, kept_path, tokenizer):
     """Write train.bin and val.bin; returns what stands in them, and how often each byte occurs in
@@ -659,7 +665,7 @@ def main():
         names = dict(text="pages", demonstrations="demonstrations", prompts="prompts", eval="eval")
         config = replace(config, **{k: path(f"world/{name}.jsonl") for k, name in names.items()},
                          blocked_words=config.blocked_words or "scum,vermin")  # of rude pages
-    demonstrations, prompts, held_out, comparisons = read_records(config)
+    records = read_records(config)
 
     report = clean(find_files(config.text), config, path("kept.tmp"))
     print_report(report)
@@ -671,10 +677,12 @@ def main():
         raise SystemExit(f"{config.text}: there is too little text in it")
     # The 256 bytes, the special ones, and one more for every 40 bytes: rarer ones are not learned.
     vocab_size = min(config.vocab_size, 259 + os.path.getsize(path("kept.tmp")) // 40)
-    tokens = train_bpe(bpe_sample(path("kept.tmp"), config), vocab_size - len(SPECIAL))
+    if config.tokenizer:
+        tokens = read_tokens(need(config.tokenizer, "python tools/huggingface.py import"))
+    else:
+        tokens = train_bpe(bpe_sample(path("kept.tmp"), config), vocab_size - len(SPECIAL))
     tokenizer = Tokenizer(tokens)
-    print(f"tokenizer: {tokenizer.size:,} of {config.vocab_size:,} tokens (at most one per 40 "
-          f"bytes of text), the longest {sorted(tokens, key=len)[-5:]}")
+    print(f"tokenizer: {tokenizer.size:,} tokens, the longest {sorted(tokens, key=len)[-5:]}")
     counts, histogram = encode_files(config, path("kept.tmp"), tokenizer)
     os.remove(path("kept.tmp"))
     for side in ("train", "val"):
@@ -685,9 +693,8 @@ def main():
 
     with replacing(path("tokenizer.tiktoken")) as f:
         f.writelines(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
-    for name, records in dict(sft=demonstrations, prompts=prompts, eval=held_out,
-                              comparisons=comparisons).items():
-        write_jsonl(path(f"{name}.jsonl"), records)
+    for name in records:
+        write_jsonl(path(f"{name}.jsonl"), records[name])
     figures = dict(documents=report["documents_kept"], byte_entropy=entropy)
     figures |= {name: report[name] for name in ("recall", "precision") if name in report}
     data = report | counts | figures | dict(tokenizer=tokenizer.hash, config=asdict(config))
