@@ -43,7 +43,6 @@ class PPOConfig(TrainConfig):
     warmup_steps: int = option(0, "iterations of linear warm-up", low=0)
     kl_coefficient: float = option(0.1, "β: reward lost per nat of log π/π_SFT", low=0)
     kl_stop: float = option(0.0, "end an update at this approx_kl, a mean per token; 0: no", low=0)
-    whiten_rewards: bool = option(False, "scale the rewards of each rollout to variance 1")
     ptx_coefficient: float = option(0.0, "PPO-ptx: weight of a loss on pretraining text", low=0)
     discount: float = option(1.0, "γ: what a reward one token later counts", low=0, high=1)
     gae_lambda: float = option(0.95, "λ of generalised advantage estimation", low=0, high=1)
@@ -64,12 +63,11 @@ class PPOConfig(TrainConfig):
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
-def whiten(x, mask, shift_mean=True):
-    """Scale to variance 1 over the mask, and shift to mean 0; without shift_mean the mean stays."""
+def whiten(x, mask):
+    """Shift to mean 0 and scale to variance 1 over the mask."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
     """r_t = -β (log π - log π_ref) at every token, plus the score (B,) at the last one (Ziegler et
@@ -147,8 +145,6 @@ def update(run, config, models, optimizers, rollout, step, text=None):
     mask = targets != IGNORE                                                           # (B, T)
     scores = rollout["scores"] - config.missing_end_penalty * ~rollout["ended"]
     rewards = token_rewards(scores, old, rollout["ref"], mask, config.kl_coefficient)
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, old_values, mask, config.discount, config.gae_lambda)
     advantages = whiten(advantages, mask)  # so that a step does not depend on the scale of scores
 

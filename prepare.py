@@ -50,14 +50,12 @@ class PrepareConfig(RunConfig):
     blocked_words: str = option("", "cleaning: documents with one of these words are removed")
     near_duplicate: float = option(0.8, "cleaning: similarity of near duplicates", low=0.1, high=1)
     duplicate_words: int = option(8, "cleaning: shorter ones are never duplicates", low=1)
-
     def check(self):
         if not self.text and (self.demonstrations or self.prompts or self.comparisons or self.eval):
-            return "demonstrations, prompts, comparisons, eval need --text=… too: see data/convert.py"
+            return "demonstrations, prompts, comparisons, eval need --text=…: see data/convert.py"
 
 # --------------------------------------------------------------------------------------------------
 # Reading
-
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def find_files(sources):
@@ -209,12 +207,10 @@ class NearDuplicates:
     table, where the last text with such a band stands: only texts that agree in a whole band are
     compared. Where two different texts meet in one place the later one overwrites the earlier;
     duplicates are found all the same, as they agree in many bands. A text takes 256 bytes."""
-
     def __init__(self, n, threshold):
         self.threshold, self.n, self.bands = threshold, 0, np.arange(32)
         self.signatures = np.zeros((n, 64), np.uint16)
         self.table = np.full((32, n), -1, np.int32)
-
     def seen(self, signature):
         """Whether a text like this one has been seen; if not, remember it."""
         bands = signature.view(np.uint32) * np.uint64(0x9E3779B97F4A7C15)              # (32,)
@@ -343,14 +339,12 @@ def train_bpe(texts, n_tokens):
                 where[new].add(i)
                 changed.add(new)
             words[i] = (merged, n)
-        for changed_pair in changed:
-            if pairs[changed_pair]:
-                heapq.heappush(heap, (-pairs[changed_pair], changed_pair))
+        for changed_pair in filter(pairs.get, changed):  # those that are still there
+            heapq.heappush(heap, (-pairs[changed_pair], changed_pair))
     return list(tokens)
 
 class Tokenizer:
     """Tokens in order of rank as a tiktoken.Encoding, with three special tokens behind them."""
-
     def __init__(self, tokens):
         n = len(tokens)
         self.end_of_text, self.start, self.end, self.size = n, n + 1, n + 2, n + 3
@@ -360,7 +354,6 @@ class Tokenizer:
         # "Ordinary": whatever stands in a text, it never becomes a special token.
         self.encode, self.decode = self.encoding.encode_ordinary, self.encoding.decode
         self.hash = hashlib.sha256(b"\n".join(map(base64.b64encode, tokens))).hexdigest()[:16]
-
     def text(self, response):
         """What a response says, without the <|im_end|> that closes it."""
         return self.decode([token for token in response if token != self.end])

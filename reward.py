@@ -33,16 +33,16 @@ from prepare import (CRITERIA, as_text, epoch_batches, judge, load_tokenizer, pr
 class RewardConfig(TrainConfig):
     table = "reward"
     steps: str = option("sample,rank,train", "which steps to run, separated by commas")
-    annotator_noise: float = option(0.1, "noise on the annotator's scores; 0: it never errs", low=0)
+    annotator_noise: float = option(1.0, "noise on the annotator's scores; 0: it never errs", low=0)
     rankings: str = option("", "comma-separated files of people's rankings: only train, on these")
     n_rankings: int = option(0, "train on this many rankings; 0: on all", low=0)
     variant: str = option("", "a name: the model becomes reward-NAME.pt, beside others")
-    n_samples: int = option(4, "responses per prompt (K)", low=2)
+    n_samples: int = option(8, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
     n_reward_layer: int = option(2, "blocks, copied from the SFT model's first ones", low=1)
-    epochs: int = option(5, "passes over the rankings", low=1)
-    batch_size: int = option(16, "prompts a step, each with all its responses", low=1)
-    micro_batch_size: int = option(8, "prompts that a process computes at once", low=1)
+    epochs: int = option(2, "passes over the rankings", low=1)
+    batch_size: int = option(32, "prompts a step, each with all its responses", low=1)
+    micro_batch_size: int = option(16, "prompts that a process computes at once", low=1)
     muon_learning_rate: float = option(0.005, "peak rate of Muon; 0: AdamW for all weights", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
     val_share: float = option(0.15, "share of the prompts that is held out", low=0.001, high=0.5)
@@ -135,14 +135,15 @@ def make_batch(rankings, tokenizer, device):
     the positions of each response begin where the prompt ends, each is read as if it were alone.
 
     Gives tokens and positions (P, T), mask (P, 1, T, T), ends (P, K), the index in the row of each
-    response's last token, and ranks (P, K), which are -1 where a prompt has fewer than K responses."""
+    response's last token, and ranks (P, K), -1 where a prompt has fewer than K responses."""
     rows, branches, positions, ends, ranks = [], [], [], [], []
     for r in rankings:
         parts = [prompt_ids(tokenizer, r["prompt"])] + [x["tokens"] for x in r["responses"]]
-        n, *more = lengths = [len(part) for part in parts]
+        n_prompt, *n_responses = lengths = [len(part) for part in parts]
         rows.append(sum(parts, []))
         branches.append(np.repeat(range(len(parts)), lengths))  # 0 0 0 of the prompt, 1 1 2 2 2 …
-        positions.append([*range(n)] + [n + t for m in more for t in range(m)])
+        behind = [n_prompt + t for n in n_responses for t in range(n)]
+        positions.append([*range(n_prompt), *behind])
         ends.append(np.cumsum(lengths)[1:] - 1)
         ranks.append(ranks_of(r))
     branch = pad(branches, -1)                                                         # (P, T)

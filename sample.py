@@ -46,9 +46,7 @@ def load_model(run, tokenizer, stage):
     """The language model of a stage, or of a file, ready to generate."""
     path = stage if stage.endswith(".pt") else run.path(f"{stage}.pt")
     script = stage.partition("-")[0]  # "ppo" of a variant's "ppo-NAME"
-    if script not in STAGES and not os.path.exists(path):
-        raise SystemExit(f"--checkpoint={stage}: there is no such file as {path}")
-    command = f"python {script}.py" if script in STAGES else "the stage that writes it"
+    command = f"python {script}.py" if script in STAGES else "the script that writes it"
     checkpoint = load_checkpoint(path, command, tokenizer.hash)
     if "lm_head.weight" not in checkpoint["model"]:
         raise SystemExit(f"{path} is no language model: choose pretrain, sft or ppo")

@@ -321,13 +321,22 @@ def three_rankings():
 
 
 def test_reward_batch():
-    """A batch of rankings: each response behind its prompt and with its end, ranks by group, and -1
-    where a prompt has fewer responses."""
-    tokens, lengths, ranks = reward.make_batch(three_rankings()[:2], BYTES, "cpu")
-    assert ranks.tolist() == [[1, 1, 0], [1, 0, -1]]
+    """A batch of rankings: in a row the prompt, then each response with its end, counted from where
+    the prompt ends; ranks by group, and -1 where a prompt has fewer responses."""
+    tokens, positions, mask, ends, ranks = reward.make_batch(three_rankings()[:2], BYTES, "cpu")
+    assert ranks[:, :3].tolist() == [[1, 1, 0], [1, 0, -1]] and (ranks[:, 3:] == -1).all()
     prompt = prompt_ids(BYTES, "Who?")
-    for i, text in enumerate([b"xx", b"y", b"zzz", b"u", b"v"]):
-        assert tokens[i, :lengths[i]].tolist() == prompt + [*text, END]
+    for row, texts in enumerate([[b"xx", b"y", b"zzz"], [b"u", b"v"]]):
+        at = len(prompt)
+        assert tokens[row, :at].tolist() == prompt and positions[row, :at].tolist() == [*range(at)]
+        for text, end in zip(texts, ends[row]):
+            own = slice(at, at + len(text) + 1)
+            assert tokens[row, own].tolist() == [*text, END] and end == own.stop - 1
+            n = len(prompt)
+            assert positions[row, own].tolist() == [*range(n, n + len(text) + 1)]
+            seen = mask[row, 0, end].nonzero().flatten().tolist()
+            assert seen == [*range(len(prompt)), *range(own.start, own.stop)]
+            at = own.stop
 
 
 def ranking_loss_by_hand(model, r):
@@ -561,12 +570,10 @@ def test_whiten():
     assert masked_mean(x, mask).item() == pytest.approx(x[mask].mean().item(), abs=1e-12)
 
 
-def test_whitening_rewards_keeps_the_mean():
-    """Without shift_mean, (x - μ)/σ + μ: variance 1 and the mean that was, by hand and over the
-    mask alone."""
+def test_whitening_by_hand():
+    """(x - μ)/σ over the mask alone."""
     x, mask = f64([1, 3, 77], [5, 77, 77]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     s = (8 / 3) ** 0.5                                      # of 1, 3, 5, whose mean is 3
-    close(whiten(x, mask, shift_mean=False), f64([-2 / s + 3, 3, 0], [2 / s + 3, 0, 0]), 1e-8)
     close(whiten(x, mask), f64([-2 / s, 0, 0], [2 / s, 0, 0]), 1e-8)
 
 
@@ -759,23 +766,19 @@ def hand_rollout():
         values=placed([0.1, 0.2, 0.3, -0.1, 0.0, 0.2], 77.0))
 
 
-@pytest.mark.parametrize("whitened", [False, True])
-def test_rewards_of_an_update_by_hand(monkeypatch, whitened):
+def test_rewards_of_an_update_by_hand(monkeypatch):
     """The whole reward tensor that ppo.update hands to GAE, of an ended and of a truncated
-    response: β·KL at each token, the score at the last, less the penalty where the end is missing;
-    whitened rewards keep their mean."""
+    response: β·KL at each token, the score at the last, less the penalty where the end is
+    missing."""
     calls = watched_calls(monkeypatch, ppo, "gae")
     with float64():
-        run, config = ppo_run(missing_end_penalty=1.5, whiten_rewards=whitened)
+        run, config = ppo_run(missing_end_penalty=1.5)
         policy, value = tiny(LanguageModel), tiny(ScalarModel)
         mask, rollout = hand_rollout()
         figures = ppo.update(run, config, (policy, value), (Recorder(policy), Recorder(value)),
                              rollout, 0)
     (rewards, values, found_mask, discount, lam), = calls
     expected = f64(-0.02, 0.04 + 0.7, 0.1, -0.05, 0, 0.1 + 0.4 - 1.5)
-    if whitened:
-        expected = (expected - expected.mean()) / (expected.var(correction=0) + 1e-8).sqrt() \
-            + expected.mean()
     close(rewards[mask], expected)
     assert torch.equal(found_mask, mask) and (rewards[~mask] == 0).all()
     assert (discount, lam) == (1.0, 0.95)
@@ -821,10 +824,10 @@ def test_figures_of_an_update_by_hand():
 # What must not change anything: padding
 
 def more_padding(sequences, value=0):
-    """As model.pad, but there is more of it, and other numbers than 0 stand in it; targets stay
-    IGNORE."""
-    padded = pad(sequences, value if value == IGNORE else 7)
-    column = torch.full((len(padded), 1), value if value == IGNORE else 5)
+    """As model.pad, but there is more of it, and other numbers than 0 stand in it; negative marks
+    stay."""
+    padded = pad(sequences, value if value < 0 else 7)
+    column = torch.full((len(padded), 1), value if value < 0 else 5)
     return torch.cat([padded, column], 1)
 
 
@@ -857,7 +860,7 @@ def ppo_figures():
                       *(rollout[name][mask] for name in ("old", "ref", "values"))])
 
 
-@pytest.mark.parametrize("module, figures_of", [(sft, sft_figures), (prepare, reward_figures),
+@pytest.mark.parametrize("module, figures_of", [(sft, sft_figures), (reward, reward_figures),
                                                 (prepare, ppo_figures)],
                          ids=["sft", "reward", "ppo"])
 def test_padding_changes_nothing(monkeypatch, module, figures_of):

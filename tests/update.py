@@ -61,8 +61,8 @@ def reward_gradients(run, folder):
 
 def ppo_gradients(run):
     """Four minibatches of six of the same twelve responses, of which some have not ended."""
-    config = PPOConfig(epochs=2, minibatch_size=6, gae_lambda=0.9, whiten_rewards=True,
-                       kl_coefficient=0.2, **OPTIONS)
+    config = PPOConfig(epochs=2, minibatch_size=6, gae_lambda=0.9, kl_coefficient=0.2,
+                       **OPTIONS)
     policy, reference = tiny(LanguageModel, 0), tiny(LanguageModel, 1)
     value, judge = tiny(ScalarModel, 2), tiny(ScalarModel, 3)
     rng = np.random.default_rng(0)
