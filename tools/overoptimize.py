@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,12 +74,31 @@ def score(run, tokenizer, reward_model, records, responses):
 # --------------------------------------------------------------------------------------------------
 # Best of n
 
-def best_of_n_kl(n):
-    """KL of best-of-n from the model that it samples from, in nats: at most log n - (n - 1)/n.
+def best_of_n_bound(n):
+    """What KL of best-of-n from the model that it samples from is at most, in nats.
 
-    The value would be exact if no two samples were alike (Stiennon et al. 2020, G.3); where they
-    repeat, best-of-n is nearer than that (Beirami et al. 2024, arXiv 2401.01879)."""
+    It would be this if no two samples were alike (Stiennon et al. 2020, G.3); where they repeat,
+    best-of-n is nearer than that (Beirami et al. 2024, arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n_kl(responses, scores, n):
+    """KL of best-of-n in nats, measured: the mean over prompts, from N ≥ n samples for each.
+
+    responses: a list of N for each prompt; scores: as many numbers. A response y that c of N
+    samples say has p(y) = c/N. With F(y), the probability of a response that scores no better than
+    y, best-of-n says y with the probability F(y)^n - (F(y) - p(y))^n: all n are no better than y,
+    and not all are worse. It is exact for the N samples, and slightly too small for the model, as
+    no response can be rarer than 1/N."""
+    total = 0.0
+    for row, row_scores in zip(responses, scores):
+        score_of = {tuple(ids): score for ids, score in zip(row, row_scores)}
+        counts = Counter(map(tuple, row))
+        p = np.array([counts[ids] for ids in sorted(counts, key=score_of.get)]) / len(row)
+        F = p.cumsum()
+        q = F**n - np.maximum(F - p, 0) ** n
+        total += float((q * np.log(np.maximum(q, 1e-300) / p)).sum())
+    return total / len(responses)
 
 
 def best_of_n_means(proxy, values, n):
@@ -104,16 +124,19 @@ def best_of(run, tokenizer, sft, records):
     if run.config.reward:
         name += f"-{run.config.reward}"
     figures = measure(tokenizer, records, best)
-    figures |= dict(kl_bound=round(best_of_n_kl(n), 3),
+    rows = [responses[i:i + n] for i in range(0, len(responses), n)]
+    kl, bound = best_of_n_kl(rows, scores, n), best_of_n_bound(n)
+    figures |= dict(kl=round(kl, 3), kl_bound=round(bound, 3),
                     reward=round(float(scores.max(axis=1).mean()), 3),
                     seconds=round(time.time() - run.started, 1))
     print(scorecard_table(update_scorecard(run.config.out_dir, name, figures)))
-    print(f"{name}: KL from the SFT model at most log n - (n - 1)/n = {best_of_n_kl(n):.2f} nats, "
-          "a bound that is loose where samples repeat")
+    print(f"{name}: KL from the SFT model {kl:.2f} nats; it would be log n - (n - 1)/n = "
+          f"{bound:.2f} if no two samples were alike")
 
 
 # --------------------------------------------------------------------------------------------------
-# Curves. A curve is a list of dict(d, proxy, gold), in the order of d.
+# Curves. A curve is a list of dict(d, proxy, gold), in the order of d. Those of best-of-n also
+# hold d_bound, what d would be if no two samples were alike.
 
 def terms(d, method):
     """The terms of Gao et al.'s forms, (N, 3): gold = start + α d - β d² for best-of-n, and
@@ -146,12 +169,13 @@ def best_of_n_curves(run, tokenizer, sft, records, variants):
     responses = respond(sft, tokenizer, repeated, run, ("over-optimisation",))
     gold = np.array([rubric_score(record, tokenizer.text(ids), tokenizer.end in ids)
                      for record, ids in zip(repeated, responses)]).reshape(-1, N)
-    curves = {}
+    rows, curves = [responses[i:i + N] for i in range(0, len(responses), N)], {}
     for variant, reward_model in variants.items():
         proxy = score(run, tokenizer, reward_model, repeated, responses).reshape(-1, N)
         curves[variant] = []
         for n in (2**i for i in range(N.bit_length())):
-            curves[variant].append(dict(n=n, d=best_of_n_kl(n) ** 0.5,
+            curves[variant].append(dict(n=n, d=best_of_n_kl(rows, proxy, n) ** 0.5,
+                                        d_bound=best_of_n_bound(n) ** 0.5,
                                         proxy=best_of_n_means(proxy, proxy, n),
                                         gold=best_of_n_means(proxy, gold, n)))
     return curves
@@ -185,11 +209,13 @@ def chart(method, found):
         d = np.linspace(curve[0]["d"], curve[-1]["d"], 100)
         fitted = terms(d, method) @ [fit["start"], fit["alpha"], fit["beta"]]
         at, proxy, _ = smoothed(curve, method)
+        if method == "best-of-n":
+            at_bound = [(p["d_bound"], p["gold"]) for p in curve]
+            curves.append(Curve(f"{variant}: gold over the bound of d", at_bound, ":", color))
         curves += [Curve(f"{variant}: proxy", list(zip(at, proxy)), "--", color),
                    Curve(f"{variant}: gold", [(p["d"], p["gold"]) for p in curve], "none", color),
                    Curve(f"{variant}: gold, fitted", list(zip(d, fitted)), "-", color)]
-    bound = " (upper bound)" if method == "best-of-n" else ""
-    return Chart(method, f"d = √KL from the SFT model{bound}", "mean score", curves)
+    return Chart(method, "d = √KL from the SFT model", "mean score", curves)
 
 
 def study(run, tokenizer, sft, records):

@@ -105,7 +105,7 @@ PANELS = {  # stage → its charts: what they show, the unit, and the names of t
 class Curve:
     label: str
     points: list             # of (x, y)
-    style: str = "-"         # of the line: "-", "--" dashed, "none" for points alone
+    style: str = "-"         # of the line: "-", "--", ":", or "none" for points alone
     color: str = None        # as matplotlib names it; by default each curve has another
 
 
