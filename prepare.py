@@ -52,7 +52,7 @@ class PrepareConfig(RunConfig):
     duplicate_words: int = option(8, "cleaning: shorter ones are never duplicates", low=1)
     def check(self):
         if not self.text and (self.demonstrations or self.prompts or self.comparisons or self.eval):
-            return "demonstrations, prompts, comparisons, eval need --text=…: see data/convert.py"
+            return "demonstrations, prompts, comparisons, eval need a --text: see data/convert.py"
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -609,7 +609,7 @@ def read_records(config):
     free = [r for r in comparisons if prompt_key(r["prompt"]) not in taken]
     print(f"{len(demonstrations):,} of {len(shown):,} demonstrations; {len(prompts):,} of "
           f"{len(given):,} prompts, {len(held_out):,} held out; {len(free):,} of "
-          f"{len(comparisons):,} comparisons")
+          f"{len(comparisons):,} comparisons; what demonstrations answer is not asked again")
     return dict(sft=demonstrations, prompts=prompts, eval=held_out, comparisons=free)
 
 def encode_files(config, kept_path, tokenizer):
@@ -694,7 +694,7 @@ def main():
     write_jsonl(path("data.json"), [data])
     seconds = round(time.time() - started, 1)
     update_scorecard(config.out_dir, "prepare", figures | dict(seconds=seconds))
-    print(f"done in {seconds} s; next: python pretrain.py")
+    print(f"done in {seconds} s; next: python pretrain.py, with the same --out_dir and --config")
 
 if __name__ == "__main__":
     main()

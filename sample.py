@@ -88,8 +88,7 @@ def chat(run, tokenizer, model):
                 messages = []
                 continue
             print("model> ", end="", flush=True)
-            answer = stream(run, tokenizer, model, ids, turn)
-            messages.append(dict(role="assistant", content=answer))
+            messages.append(dict(role="assistant", content=stream(run, tokenizer, model, ids, turn)))
             turn += 1
     except (EOFError, KeyboardInterrupt):
         print()

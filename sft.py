@@ -53,7 +53,8 @@ def load_examples(config, tokenizer, block_size):
     made = [make_example(tokenizer, r["messages"]) for r in read_jsonl(path, fields=("messages",))]
     examples = [example for example in made if len(example[0]) <= block_size]
     if len(examples) < max(2, len(made) / 2):
-        raise SystemExit(f"{path}: only {len(examples)} of {len(made)} examples fit the context")
+        raise SystemExit(f"{path}: only {len(examples)} of {len(made)} examples fit the context: "
+                         "pretrain with a larger --block_size, or prepare more --demonstrations")
     n_validation = max(1, round(len(examples) * config.val_share))
     return examples[:n_validation], examples[n_validation:]  # they are in random order
 

@@ -780,9 +780,17 @@ def convert_record(record, rated, options, report):
     return None
 
 
+def begins_with_record(path):
+    """Whether a file begins with a line that is an object of JSON, whatever its name is."""
+    with open_text(path, Report(path)) as f, contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(f.readline(2**20)), dict)
+    return False
+
+
 def convert_file(path, options, report):
     """The plain records of a file, one at a time."""
-    if options.task == "text" and kind_of(path) not in RECORDS:
+    named = kind_of(path) in RECORDS
+    if options.task == "text" and not named and not begins_with_record(path):
         yield from read_documents(path, options, report)
         return
     rated = {}

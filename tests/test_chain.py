@@ -596,6 +596,19 @@ def test_model_that_does_not_fit(talk):
     assert "reward.pt" in message and "no language model" in message and "sft" in message
 
 
+@pytest.mark.parametrize("answers", [[], ["Because of it. " * 200] * 3])
+def test_demonstrations_that_are_missing_or_too_long(folder, tmp_path, answers):
+    """Where too few examples are left the line says what helps."""
+    out_dir = copy(folder, tmp_path / "out", INPUTS["sft"])
+    with open(out_dir / "sft.jsonl", "w", encoding="utf-8") as f:
+        for answer in answers:
+            messages = [dict(role="user", content="Why?"), dict(role="assistant", content=answer)]
+            f.write(json.dumps(dict(messages=messages)) + "\n")
+    message = fail("sft", out_dir, *OPTIONS["sft"])
+    assert f"only 0 of {len(answers)} examples" in message
+    assert "--block_size" in message and "--demonstrations" in message
+
+
 def test_checkpoint_that_is_not_there(talk):
     """A file that is not there, or a name that is no stage's, is called that; a stage that has not
     run is named with its command."""

@@ -533,6 +533,15 @@ def test_comparisons_as_demonstrations(tmp_path, capsys, record):
     assert texts(tmp_path, path) == ["Why?\n\nBecause."]
 
 
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.gz"])
+def test_records_under_any_name(tmp_path, name):
+    """Lines of JSON are records, whatever their file is called: as text, too."""
+    path = write_lines(tmp_path / name, {"text": "one"}, {"text": "two"})
+    assert texts(tmp_path, path) == ["one", "two"]
+    path.write_text('{"a set": of braces}\n{}\n')
+    assert texts(tmp_path, path) == ['{"a set": of braces}\n{}']
+
+
 @pytest.mark.parametrize("scores", [3, [1], [1, "good"]])
 def test_comparisons_that_have_no_best_reply(tmp_path, scores):
     record = {"prompt": "Why?", "responses": ["a", "b"], "scores": scores}
