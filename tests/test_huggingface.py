@@ -463,6 +463,7 @@ def test_prepare_needs_the_tokenizer_that_is_named(folder, tmp_path):
         message = fail("prepare", tmp_path / "run", f"--text={folder}/world/pages.jsonl",
                        f"--tokenizer={tmp_path / name}")
         assert str(tmp_path / name) in message and remedy in message
+        assert not (tmp_path / "run/kept.tmp").exists()  # it is read before the long work
 
 
 def change_json(path, **values):
@@ -481,7 +482,7 @@ def split_as_gpt2(file):
 
 FAULTS = {
     "another architecture": (lambda f: change_json(
-        f / "config.json", architectures=["LlamaForCausalLM"]), ["config.json", "LlamaForCausalLM"]),
+        f / "config.json", architectures=["LlamaForCausalLM"]), ["config.json", "Llama"]),
     "scaled rotary": (lambda f: change_json(f / "config.json", rope_parameters=dict(
         rope_type="yarn", rope_theta=1e6)), ["config.json", "yarn"]),
     "scaled as in version 4": (lambda f: change_json(f / "config.json", rope_scaling=dict(
