@@ -653,6 +653,9 @@ def main():
     config, started = load_config(PrepareConfig, __doc__), time.time()
     lock = lock_folder(config)  # noqa: F841  held until the process ends
     path = functools.partial(os.path.join, config.out_dir)
+    given = None
+    if config.tokenizer:  # read it before the long work, as it may be the wrong file
+        given = read_tokens(need(config.tokenizer, "python tools/huggingface.py import"))
     if not config.text:
         write_world(path("world"), config.seed, config.world)
         names = dict(text="pages", demonstrations="demonstrations", prompts="prompts", eval="eval")
@@ -670,12 +673,9 @@ def main():
         raise SystemExit(f"{config.text}: there is too little text in it")
     # The 256 bytes, the special ones, and one more for every 40 bytes: rarer ones are not learned.
     vocab_size = min(config.vocab_size, 259 + os.path.getsize(path("kept.tmp")) // 40)
-    if config.tokenizer:
-        tokens = read_tokens(need(config.tokenizer, "python tools/huggingface.py import"))
-    else:
-        tokens = train_bpe(bpe_sample(path("kept.tmp"), config), vocab_size - len(SPECIAL))
+    tokens = given or train_bpe(bpe_sample(path("kept.tmp"), config), vocab_size - len(SPECIAL))
     tokenizer = Tokenizer(tokens)
-    print(f"tokenizer: {tokenizer.size:,} tokens, the longest {sorted(tokens, key=len)[-5:]}")
+    print(f"tokenizer: {tokenizer.size:,} tokens, the longest {sorted(tokens, key=len)[-5:]}"[:300])
     counts, histogram = encode_files(config, path("kept.tmp"), tokenizer)
     os.remove(path("kept.tmp"))
     for side in ("train", "val"):

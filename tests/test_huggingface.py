@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,7 @@ def test_ids_of_conversations(checkpoints, their_tokenizer, reply):
         ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=reply,
                                                   return_dict=False)
         assert ids == render(tokenizer, messages, reply)[0]
+        assert "<|im" not in their_tokenizer.decode(ids, skip_special_tokens=True)
     assert their_tokenizer.eos_token_id == tokenizer.end
     assert their_tokenizer.pad_token_id == tokenizer.end_of_text
 
@@ -293,6 +295,68 @@ def test_llama_cpp_says_the_same(folder, checkpoints, tmp_path, which):
     assert len(said) == 40 and len(set(said)) > 1
 
 
+def read_gguf(path):
+    """The values of a GGUF file, its tensors as {name: (shape, code of the dtype, where its data
+    begin)}, and its bytes."""
+    data, at = path.read_bytes(), 0
+
+    def take(form):
+        nonlocal at
+        at += struct.calcsize("<" + form)
+        return struct.unpack_from("<" + form, data, at - struct.calcsize("<" + form))
+
+    def text():
+        return take(f"{take('Q')[0]}s")[0].decode()
+
+    def value(code):
+        if code == 9:
+            kind, n = take("I") + take("Q")
+            return [value(kind) for _ in range(n)]
+        return text() if code == 8 else take({4: "I", 5: "i", 6: "f", 7: "?"}[code])[0]
+
+    magic, version, n_tensors, n_values = take("4s") + take("I") + take("QQ")
+    assert (magic, version) == (b"GGUF", 3)
+    values, tensors = {}, {}
+    for _ in range(n_values):
+        name = text()
+        values[name] = value(take("I")[0])
+    for _ in range(n_tensors):
+        name, n = text(), take("I")[0]
+        tensors[name] = take(f"{n}Q")[::-1], *take("I"), *take("Q")
+    start = at + -at % 32
+    return values, {k: (shape, code, start + at) for k, (shape, code, at) in tensors.items()}, data
+
+
+@pytest.mark.parametrize("dtype, code", [("float32", 0), ("float16", 1), ("bfloat16", 30)])
+def test_gguf_holds_the_weights(checkpoints, tmp_path, dtype, code):
+    """Read by another reader: matrices in the dtype asked for, norms in float32, all bit for
+    bit and at multiples of 32 bytes; how text is tokenised, and what ends an answer; the types of
+    tokens as int32, which is what the format asks for."""
+    path = tmp_path / "new/model.gguf"
+    tool("export", checkpoints / "untied.pt", path, f"--dtype={dtype}")
+    values, tensors, data = read_gguf(path)
+    assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == "qwen2"
+    assert values["tokenizer.ggml.eos_token_id"] == V - 1
+    assert values["tokenizer.ggml.padding_token_id"] == V - 3
+    assert values["tokenizer.ggml.token_type"] == [1] * (V - 3) + [3] * 3
+    assert b"token_type\x09\x00\x00\x00\x05\x00\x00\x00" in data
+    assert values["tokenizer.ggml.tokens"][-3:] == list(SPECIAL)
+    state = load_model(checkpoints / "untied.pt").state_dict()
+    assert len(tensors) == len(state) == 25
+    for ours, theirs in {"model.embed_tokens": "token_embd", "lm_head": "output",
+                         "model.layers.1.self_attn.o_proj": "blk.1.attn_output",
+                         "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
+                         "model.layers.1.self_attn.k_norm": "blk.1.attn_k_norm",
+                         "model.norm": "output_norm"}.items():
+        tensor = state[ours + ".weight"].to(getattr(torch, dtype))
+        tensor = tensor if tensor.dim() > 1 else tensor.float()
+        shape, found, start = tensors[theirs + ".weight"]
+        assert (shape, found) == (tuple(tensor.shape), code if tensor.dim() > 1 else 0), theirs
+        assert start % 32 == 0
+        read = torch.frombuffer(bytearray(data[start:start + tensor.nbytes]), dtype=tensor.dtype)
+        assert torch.equal(read.view(tensor.shape), tensor), theirs
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_llama_cpp_reads_other_dtypes(folder, tmp_path, dtype):
     """With rounded weights and products most of the answers stay the same."""
@@ -399,6 +463,7 @@ def test_prepare_needs_the_tokenizer_that_is_named(folder, tmp_path):
         message = fail("prepare", tmp_path / "run", f"--text={folder}/world/pages.jsonl",
                        f"--tokenizer={tmp_path / name}")
         assert str(tmp_path / name) in message and remedy in message
+        assert not (tmp_path / "run/kept.tmp").exists()  # it is read before the long work
 
 
 def change_json(path, **values):
@@ -417,7 +482,7 @@ def split_as_gpt2(file):
 
 FAULTS = {
     "another architecture": (lambda f: change_json(
-        f / "config.json", architectures=["LlamaForCausalLM"]), ["config.json", "LlamaForCausalLM"]),
+        f / "config.json", architectures=["LlamaForCausalLM"]), ["config.json", "Llama"]),
     "scaled rotary": (lambda f: change_json(f / "config.json", rope_parameters=dict(
         rope_type="yarn", rope_theta=1e6)), ["config.json", "yarn"]),
     "scaled as in version 4": (lambda f: change_json(f / "config.json", rope_scaling=dict(

@@ -352,8 +352,10 @@ def import_model(args):
                         tokenizer=tokenizer.hash), f)
     with replacing(new[1]) as f:
         f.writelines(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
-    print(f"{args.out_dir}: {tokenizer.size:,} tokens, a context of {c.block_size:,}; left out are "
-          f"{n_rows - tokenizer.size} rows of the embedding that belong to no token\n"
+    if n_rows > tokenizer.size:
+        print(f"left out: {n_rows - tokenizer.size} rows of the embedding, whose tokens (<think>, "
+              "tools, none at all) this project does not know")
+    print(f"{args.out_dir}: {tokenizer.size:,} tokens, a context of {c.block_size:,}\n"
           f"next: python prepare.py --out_dir={args.out_dir} --tokenizer={new[1]}")
 
 
