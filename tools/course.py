@@ -1,14 +1,15 @@
 """The classroom: assignments made out of the project's own functions, graded by its own tests.
 
-    python tools/course.py handout 5 ../week5 --student=ann      week 5, without its functions' bodies
-    python tools/course.py grade 5 ../week5 results.json         a table, and Gradescope's results.json
-    python tools/course.py check                                 stubs earn nothing, the reference all
+    python tools/course.py handout 5 ../week5 --student=ann    week 5 to solve
+    python tools/course.py grade 5 ../week5 results.json       a table, and the JSON of Gradescope
+    python tools/course.py check                               stubs earn nothing, the reference all
 
-Grading puts each function that comes back into a fresh copy of the project, and runs this
-function's tests there in a process of their own: a broken function costs its own points only. With
---student=ann it also reads the run folders in out/: do their figures belong to ann's world, and do
-they show what they should? Instead of the number of a week, `handout` and `grade` take the name of
-a project (dpo, grpo, …), which is graded by figures alone.
+A handout is the project without the bodies of one week's functions. Grading puts each function that
+comes back into a fresh copy of the project, and runs this function's tests there in a process of
+their own: a broken function costs its own points only. With --student=ann it also reads the run
+folders in out/: do their figures belong to ann's world, and do they show what they should? Instead
+of the number of a week, `handout` and `grade` take the name of a project (dpo, grpo, …), which is
+graded by figures alone.
 
 course.toml says what each week asks for. Source code is handled in course_source.py, figures are
 read in course_figures.py, and course_hidden.py holds the tests that are not handed out.
@@ -117,6 +118,12 @@ def handout(args):
     print(f"{args.folder}: {unit['title']}, for {args.student}; it begins in WEEK.md")
 
 
+def experiment_row(experiment):
+    """An experiment as a row of the README's table."""
+    commands = "<br>".join(f"`{command}`" for command in experiment["run"])
+    return f"| {commands} | {experiment['look']} | {experiment['next']} |"
+
+
 def week_text(unit, student):
     """WEEK.md: what to learn, to write, to run and to hand in."""
     parts = [f"# {unit['title']}", unit["teaches"], COURSE["rules"]]
@@ -126,7 +133,8 @@ def week_text(unit, student):
         file, path = split(exercise)
         without = f", without {', '.join(exercise['forbid'])}" if "forbid" in exercise else ""
         parts += [f"**{path}** in {file}: {exercise['points']} points{without}",
-                  f"    python -m pytest -q {' '.join(map(test_id, exercise['tests']))}"]
+                  f"    python -m pytest -q {' '.join(map(test_id, exercise['tests']))}",
+                  exercise.get("hint", "")]
     parts += ["## Figures", COURSE["figures"]]
     for experiment in unit["experiment"]:
         commands = [c.replace(".py", ".py --config=mine.toml") for c in experiment["run"]]
@@ -134,7 +142,7 @@ def week_text(unit, student):
                   "\n".join(f"    {command}" for command in commands),
                   f"Look at {experiment['look']}. In figures: `{'`, `'.join(experiment['shows'])}`. "
                   f"Vary next: {experiment['next']}."]
-    text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    text = "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
     return text.replace("{student}", student).replace("{seed}", str(seed_of(student)))
 
 
@@ -229,7 +237,7 @@ def grade_all(unit, args, secret):
         points, lost = grade_exercise(exercise, source, edited, secret, args.limit)
         yield f"{path} ({file})", points, exercise["points"], lost
     if args.student:
-        yield from grade_experiments(unit["experiment"], args.folder, seed_of(args.student))
+        yield from grade_experiments(unit, args.folder, seed_of(args.student))
 
 
 def grade(args):

@@ -5,13 +5,16 @@ show what an experiment should show?
     uncleaned/prepare.recall < tiny/prepare.recall    of other run folders: out/uncleaned, out/tiny
     ppo.entropy@first < 2 * ppo.entropy@last          of a stage's first and last step in log.jsonl
 
-A world is known by what prepare.py makes of the student's seed. Whoever wants to can still write a
-scorecard by hand; all commands can be repeated, and give the same figures on the same machine.
+A world is known by what prepare.py makes of the student's seed, and all options but those of the
+experiment must be the defaults. Whoever wants to can still write these files by hand: a run can be
+repeated, and gives the same figures on the same machine.
 """
 
+import functools
 import json
 import operator
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,7 +28,7 @@ sys.path.insert(0, ROOT)
 from tools.course_source import Refused, read  # noqa: E402
 
 OPERATORS = {"<": operator.lt, ">": operator.gt}
-# Options in which two runs may differ although they are compared.
+# Options that need not be as they were set, as they do not change what is learned.
 INCIDENTAL = {"out_dir", "device", "dtype", "micro_batch_size", "resume", "recompute", "compile"}
 
 
@@ -60,7 +63,9 @@ def read_run(folder, name):
     try:
         run = folder / "out" / name
         data, card = json.loads(read(run / "data.json")), json.loads(read(run / "scorecard.json"))
-        log = [json.loads(line) for line in read(run / "log.jsonl").splitlines()]
+        log_path = run / "log.jsonl"  # where only prepare.py was run there is none
+        log = read(log_path).splitlines() if log_path.exists() else []
+        log = [json.loads(line) for line in log]
     except FileNotFoundError as error:
         raise Refused(f"out/{name}/{Path(error.filename).name} was not handed in")
     except (OSError, ValueError):
@@ -77,77 +82,95 @@ def parse_command(command):
     return stage, folder.removeprefix("out/"), options
 
 
+def run_here(*command):
+    """The output of a command of the project; one that fails is a fault of ours."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, text=True,
+                          stdout=subprocess.PIPE)
+    return done.stdout
+
+
+@functools.cache
+def default_options(script):
+    """The options of a stage without arguments; none for a script that students add."""
+    if not os.path.exists(os.path.join(ROOT, f"{script}.py")):
+        return {}
+    code = (f"import json, {script} as s; configs = [c for n, c in vars(s).items()"
+            f" if getattr(c, 'table', 0) == '{script}']; print(json.dumps(vars(configs[0]())))")
+    return json.loads(run_here("-c", code))
+
+
+@functools.cache
 def make_world(seed, options):
-    """data.json and the scorecard's row of what prepare.py makes of a seed."""
+    """What prepare.py makes of a seed: data.json, and its row of the scorecard."""
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
-        given = [f"--{name}={value}" for name, value in options.items()]
-        command = [sys.executable, "prepare.py", f"--seed={seed}", f"--out_dir={folder}", *given]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        given = [f"--{name}={value}" for name, value in options]
+        run_here("prepare.py", f"--seed={seed}", f"--out_dir={folder}", *given)
         card = json.loads(read(Path(folder, "scorecard.json")))
         return json.loads(read(Path(folder, "data.json"))), card["prepare"]
 
 
-def check_world(run, seed, world):
-    """Refuse a run folder that is not of this seed's world."""
-    data, figures = world
+def check_world(run, seed, options, own_cleaning):
+    """Refuse a run folder that is not of this seed's world. Where the cleaning is the student's
+    own, other documents may be left, and so the tokens may be others: pages are counted then."""
+    def pages(data):
+        spoiled = {kind: found.split(" of ")[1] for kind, found in data["by_kind"].items()}
+        return data["documents_read"], spoiled
+
     if run.data["config"]["seed"] != seed:
-        raise Refused(f"out/{run.name} is of seed {run.data['config']['seed']}, not {seed}")
-    same = all(run.data[name] == data[name] for name in ("tokenizer", "train", "val"))
-    theirs = run.card["prepare"] | dict(seconds=figures["seconds"])
-    if not same or theirs != figures:
+        raise Refused(f"out/{run.name} is of seed {run.data['config']['seed']}, not of {seed}")
+    data, figures = make_world(seed, tuple(options.items()))
+    same = pages(run.data) == pages(data)
+    if not own_cleaning:
+        same = same and all(run.data[name] == data[name] for name in ("tokenizer", "train", "val"))
+        same = same and run.card["prepare"] | dict(seconds=figures["seconds"]) == figures
+    if not same:
         raise Refused(f"out/{run.name} is not what prepare.py makes of seed {seed}")
 
 
-def check_options(options, expected, stage):
-    """Refuse a stage that was run with other options than it should have been."""
+def check_options(stage, options, given, seed):
+    """Refuse a stage that was run with other options than the defaults and those given."""
+    expected = default_options(stage.split("-")[0]) | dict(seed=seed) | given
     for name, value in expected.items():
-        wanted = type(options[name])(value)
-        if options[name] != wanted:
-            raise Refused(f"{stage} was run with {name}={options[name]}, not {wanted}")
+        option = options[name]  # what stands in a command is text
+        wanted = str(value).lower() == "true" if isinstance(option, bool) else type(option)(value)
+        if name not in INCIDENTAL and option != wanted:
+            raise Refused(f"{stage} was run with {name}={option}, not {value}")
 
 
 def check_claim(claim, runs, commands, seed):
     """Refuse figures that do not show what they should."""
-    left, sign, right = claim.partition(" < ") if " < " in claim else claim.partition(" > ")
-    values, stages = [], []
+    given = {(folder, stage): options for stage, folder, options in commands}
+    left, sign, right = re.split(" ([<>]) ", claim)
+    values = []
     for side in (left, right):
         factor, _, reference = side.rpartition(" * ")
-        if reference.replace(".", "").isdigit():
+        if re.fullmatch(r"[\d.]+", reference):
             values.append(float(reference))
             continue
         folder, _, name = reference.rpartition("/")
         stage, figure = name.split(".")
         run = runs[folder or "tiny"]
-        values.append(float(factor or 1) * run.figure(stage, figure))
         if stage != "prepare":
-            stages.append((stage, run.options_of(stage)))
-    given = {stage: options for stage, _, options in commands}
-    for stage, options in stages:
-        check_options(options, given.get(stage) or dict(seed=seed), stage)
-    if len(stages) == 2 and stages[0][0].split("-")[0] == stages[1][0].split("-")[0]:
-        allowed = INCIDENTAL.union(*(given.get(stage, {}) for stage, _ in stages))
-        for name in stages[0][1].keys() - allowed:
-            if stages[0][1][name] != stages[1][1][name]:
-                raise Refused(f"{stages[0][0]} and {stages[1][0]} differ in {name}, too")
-    if not OPERATORS[sign.strip()](*values):
-        raise Refused(f"{claim} is not so: {values[0]:.3f} and {values[1]:.3f}")
+            check_options(stage, run.options_of(stage), given.get((run.name, stage), {}), seed)
+        values.append(float(factor or 1) * run.figure(stage, figure))
+    if not OPERATORS[sign](*values):
+        raise Refused(f"{claim} is not so: they are {values[0]:.3f} and {values[1]:.3f}")
 
 
-def grade_experiments(experiments, folder, seed):
-    """Yields (name, points, points at most, lines) of each experiment; claims count equally."""
-    worlds = {}
-    for experiment in experiments:
-        lost, commands = [], [parse_command(c) for c in experiment["run"] if "python" in c]
+def grade_experiments(unit, folder, seed):
+    """Yields (name, points, points at most, lines) of each experiment of a week or project. Its
+    points are shared equally by its claims."""
+    for experiment in unit["experiment"]:
+        commands = [parse_command(c) for c in experiment["run"] if c.startswith("python")]
+        lost = []
         for claim in experiment["shows"]:
             try:
-                names = {word.split("/")[0] for word in claim.split() if "/" in word} or {"tiny"}
+                names = set(re.findall(r"(\w+)/", claim)) or {"tiny"}
                 runs = {name: read_run(folder, name) for name in names}
                 for name, run in runs.items():
-                    prepared = [o for stage, f, o in commands if (stage, f) == ("prepare", name)]
-                    options = prepared[0] if prepared else {}
-                    key = tuple(options.items())
-                    worlds[key] = worlds.get(key) or make_world(seed, options)
-                    check_world(run, seed, worlds[key])
+                    options = [o for stage, at, o in commands if (stage, at) == ("prepare", name)]
+                    own_cleaning = unit.get("own_cleaning", False)
+                    check_world(run, seed, options[0] if options else {}, own_cleaning)
                 check_claim(claim, runs, commands, seed)
             except Refused as reason:
                 lost.append(str(reason))

@@ -142,8 +142,8 @@ class OneProcess:
 # Week 1: data
 
 def prepare_repair(m, rng):
-    pieces = ["a", "B c", "e\u0301", "é", "ﬁ", "\r\n", "\r", "\n", " ", "  ", "\t", "\u200b", "\x00",
-              "\u00a0", "\ufeff", "\u200d", "\u202e", "\ue000", "👩", "\n\n\n"]
+    pieces = ["a", "B c", "e\u0301", "é", "ﬁ", "\r\n", "\r", "\n", " ", "  ", "\t", "\u200b",
+              "\x00", "\u00a0", "\ufeff", "\u200d", "\u202e", "\ue000", "👩", "\n\n\n"]
     for most in (1, 5, 40):
         yield m.prepare.repair(text(rng, pieces, most))
 
@@ -159,7 +159,8 @@ def prepare_quality_fault(m, rng):
 def prepare_minhash(m, rng):
     words = np.array([f"w{n}" for n in range(300)])
     first = rng.choice(words, 60).tolist()
-    second = [str(rng.choice(words)) if rng.random() < rng.choice([0.02, 0.3]) else w for w in first]
+    share = rng.choice([0.02, 0.3])
+    second = [str(rng.choice(words)) if rng.random() < share else word for word in first]
     triples = [set(zip(w, w[1:], w[2:])) for w in (first, second)]
     exact = len(triples[0] & triples[1]) / len(triples[0] | triples[1])
     signatures = [m.prepare.minhash(" ".join(w)) for w in (first, second)]
@@ -313,7 +314,7 @@ def model_learning_rate_factor(m, rng):
 
 
 def prepare_epoch_batches(m, rng):
-    n, batch_size = int(rng.integers(0, 300)), size(rng, 9)
+    n, batch_size = int(rng.integers(0, 600)), size(rng, 6)
     lengths = rng.integers(1, size(rng, 60) + 1, n).tolist()
     seed = size(rng, 999)
     batches, again = (m.prepare.epoch_batches(lengths, batch_size, np.random.default_rng(seed))
@@ -324,6 +325,9 @@ def prepare_epoch_batches(m, rng):
     waste = sum(max(lengths[i] - min(lengths[j] for j in b) for i in b) for b in batches)
     spread = (max(lengths) - min(lengths)) * len(batches) if n else 0
     yield n < 16 * batch_size or waste <= 0.7 * spread  # like beside like
+    means = [np.mean([lengths[i] for i in batch]) for batch in batches]
+    rising = np.mean([b > a for a, b in zip(means, means[1:])]) if len(means) > 60 else 0
+    yield rising < 0.75  # not from short to long
 
 
 def sft_make_example(m, rng):

@@ -95,13 +95,12 @@ def needed(statements, names):
 def only_tests(source, names):
     """A file of tests with these tests only, and whatever they use."""
     tree, lines, text = ast.parse(source), source.split("\n"), ""
-    kept = needed(tree.body, names)
+    kept, before = needed(tree.body, names), 0
     for statement in tree.body:
-        is_definition = isinstance(statement, (ast.FunctionDef, ast.ClassDef))
         is_import = isinstance(statement, (ast.Import, ast.ImportFrom))
         if statement in kept or is_import or statement is tree.body[0]:
-            text += "\n\n" if is_definition else ""
-            text += "\n".join(lines[lines_of(statement)]) + "\n"
+            text += "\n".join(lines[before:statement.end_lineno]) + "\n"
+        before = statement.end_lineno
     return text
 
 
@@ -117,6 +116,13 @@ def signature(node):
     return f"{decorators}def {node.name}({ast.unparse(node.args)})"
 
 
+def imported_by(node):
+    """The modules that a node imports from."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+
+
 def names_in(node):
     """The names that a single node mentions, of whatever kind."""
     if isinstance(node, ast.Name):
@@ -124,7 +130,7 @@ def names_in(node):
     if isinstance(node, ast.Attribute):
         return [node.attr]
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return [alias.name for alias in node.names]
+        return [part for alias in node.names for part in alias.name.split(".")]
     return []
 
 
@@ -132,14 +138,14 @@ def refuse_what_is_forbidden(tree, forbidden, modules):
     """Raise Refused at code that would fetch the solution, or leave the test, instead of working.
     It keeps honest people honest: Python cannot lock up code that runs in the same process."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module not in modules:
-            raise Refused(f"it may not import from {node.module}")
+        for module in imported_by(node):
+            if module.split(".")[0] not in modules:
+                raise Refused(f"it may not import {module}")
         for name in names_in(node):
-            if isinstance(node, ast.Import) and name.split(".")[0] not in modules:
-                raise Refused(f"it may not import {name}")
-            private = name.startswith("_") and name != "__init__" and not isinstance(node, ast.Name)
-            builtin = isinstance(node, ast.Name) and name in FORBIDDEN_BUILTINS
-            if private or builtin or name.startswith("__") or name in FORBIDDEN | forbidden:
+            is_name = isinstance(node, ast.Name)
+            private = name.startswith("__" if is_name else "_") and name != "__init__"
+            builtin = is_name and name in FORBIDDEN_BUILTINS
+            if private or builtin or name in FORBIDDEN | forbidden:
                 raise Refused(f"it may not use {name}")
 
 
