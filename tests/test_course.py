@@ -1,6 +1,7 @@
 """The classroom: what is handed out, what comes back, and what it earns."""
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import pretrain
 import reward
 import sft
 from chain import ROOT, one_line
-from tools import course, course_figures, course_hidden
+from tools import course, course_figures, course_hidden, course_run
 from tools.course_source import Refused, find, function_text, only_tests, replaced, splice, stub
 
 WEEKS = course.COURSE["week"]
@@ -28,6 +29,11 @@ KL, VALUE = EXERCISES["ppo.kl_estimates"], EXERCISES["ppo.value_loss"]
 
 def source_of(module):
     return (ROOT / f"{module}.py").read_text(encoding="utf-8")
+
+
+@functools.cache
+def tree_of(name):
+    return ast.parse(source_of(name))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -46,8 +52,7 @@ def test_every_exercise_names_what_is_there(name):
     splice(exercise, source, replaced(source, path, solution))
     for test in exercise["tests"] + exercise.get("withheld", []):
         file, function = test.split(".")
-        tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
-        assert isinstance(find(tree, function), ast.FunctionDef), test
+        assert isinstance(find(tree_of(f"tests/{file}"), function), ast.FunctionDef), test
     assert exercise["tests"] and callable(getattr(course_hidden, name.replace(".", "_")))
 
 
@@ -182,7 +187,7 @@ def test_a_test_passes_if_all_its_cases_do(tmp_path):
             "@pytest.mark.parametrize('n', [1, 2])\ndef test_b(n): assert n < 3\n"
             "def test_c(): pytest.skip('not here')\n")
     names = ["test_x.test_a", "test_x.test_b", "test_x.test_c"]
-    faults = course.run_tests(project_of(tmp_path, text), names, 60)
+    faults = course_run.run_tests(project_of(tmp_path, text), names, 60)
     assert [bool(faults[name]) for name in names] == [True, False, True]
     assert "assert 3 < 3" in faults["test_x.test_a"]
 
@@ -192,13 +197,13 @@ def test_a_test_passes_if_all_its_cases_do(tmp_path):
     ("def test_a():\n    while True: pass", "did not end within 3 seconds")])
 def test_a_process_that_ends_early_or_never(tmp_path, test, words):
     with pytest.raises(Refused) as refused:
-        course.run_tests(project_of(tmp_path, test), ["test_x.test_a"], 3)
+        course_run.run_tests(project_of(tmp_path, test), ["test_x.test_a"], 3)
     assert words in str(refused.value)
 
 
 def test_a_file_that_cannot_be_imported(tmp_path):
     folder = project_of(tmp_path, "1 / 0")
-    assert course.run_tests(folder, ["test_x.test_a"], 60)["test_x.test_a"]
+    assert course_run.run_tests(folder, ["test_x.test_a"], 60)["test_x.test_a"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ def test_two_functions_are_handed_out_solved_broken_and_graded(handed_out, tmp_p
         for name in ("kl_estimates", "value_loss", "whiten", "gae", "token_rewards", "policy_loss"):
             handed = replaced(handed, name, function_text(theirs, name))
         path.write_text(handed, encoding="utf-8")
-        tests = [course.test_id(test) for test in KL["tests"] + VALUE["tests"]]
+        tests = [course_run.test_id(test) for test in KL["tests"] + VALUE["tests"]]
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=handed_out,
                               env=os.environ | dict(PYTHONPATH=""), stdout=subprocess.PIPE)
         assert done.returncode == 0, done.stdout.decode()

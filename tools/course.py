@@ -11,8 +11,9 @@ folders in out/: do their figures belong to ann's world, and do they show what t
 of the number of a week, `handout` and `grade` take the name of a project (dpo, grpo, …), which is
 graded by figures alone.
 
-course.toml says what each week asks for. Source code is handled in course_source.py, figures are
-read in course_figures.py, and course_hidden.py holds the tests that are not handed out.
+course.toml says what each week asks for, course_hidden.py holds the tests that are not handed out.
+Source code is handled in course_source.py, tests are run in course_run.py, figures are judged in
+course_figures.py.
 """
 
 import argparse
@@ -20,14 +21,10 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,14 +32,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from tools.course_figures import grade_experiments  # noqa: E402
+from tools.course_run import BOOK, HIDDEN, PROJECT, fresh_copy, run_tests, test_id  # noqa: E402
 from tools.course_source import (Refused, function_text, only_tests, read, replaced,  # noqa: E402
                                  splice, stub)
 
-PROJECT = Path(ROOT)
 COURSE = tomllib.loads(read(PROJECT / "tools/course.toml"))
-BOOK = [f"{name}.py" for name in ("prepare", "model", "pretrain", "sft", "reward", "ppo", "sample")]
 TESTS_NEED = ("conftest.py", "helpers.py", "chain.py", "forks.py", "requirements.txt")
-HIDDEN = "course_hidden.test_against_the_reference"
 
 
 def find_unit(name):
@@ -64,12 +59,6 @@ def split(exercise):
     """("ppo.py", "gae") of the exercise ppo.gae."""
     module, path = exercise["name"].split(".", 1)
     return f"{module}.py", path
-
-
-def test_id(test):
-    """A test as pytest calls it: tests/test_rlhf.py::test_gae_by_hand."""
-    file, name = test.split(".")
-    return f"{'tools' if test == HIDDEN else 'tests'}/{file}.py::{name}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,8 +129,8 @@ def week_text(unit, student):
         commands = [c.replace(".py", ".py --config=mine.toml") for c in experiment["run"]]
         parts += [f"**{experiment['name']}**: {experiment['points']} points",
                   "\n".join(f"    {command}" for command in commands),
-                  f"Look at {experiment['look']}. In figures: `{'`, `'.join(experiment['shows'])}`. "
-                  f"Vary next: {experiment['next']}."]
+                  f"Look at {experiment['look']}. Vary next: {experiment['next']}. Graded by:",
+                  "\n".join(f"    {claim}" for claim in experiment["shows"])]
     text = "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
     return text.replace("{student}", student).replace("{seed}", str(seed_of(student)))
 
@@ -149,53 +138,7 @@ def week_text(unit, student):
 # --------------------------------------------------------------------------------------------------
 # Grading
 
-def fresh_copy(folder):
-    """Copy into an empty folder what the tests of a function need of the project."""
-    for name in ("data", "tests", "tools"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(PROJECT / name, folder / name, ignore=ignore)
-    for name in BOOK:
-        shutil.copy(PROJECT / name, folder)
-
-
-def run_tests(folder, tests, limit, **environment):
-    """Run tests of a project in a process of their own: {test: what is wrong, "" if it passed}.
-    All cases of a test must pass: it is the whole test that counts."""
-    report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               f"--junitxml={report}", *map(test_id, tests)]
-    settings = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1",
-                    PYTHONPATH="", PYTEST_ADDOPTS="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    process = subprocess.Popen(command, cwd=folder, env=os.environ | settings | environment,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        raise Refused(f"its tests did not end within {limit} seconds")
-    finally:
-        kill(process)
-    if not report.exists():
-        raise Refused(f"the process ended before its tests did, with exit code {code}")
-    faults = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        name = f"{case.get('classname').split('.')[-1]}.{case.get('name').partition('[')[0]}"
-        wrong = [child.get("message", "").split("\n")[0] or child.tag for child in case]
-        faults[name] = faults.get(name) or "; ".join(wrong)
-    broken = next((fault for name, fault in faults.items() if name not in tests and fault), "")
-    return {test: faults.get(test, broken or "it did not run") for test in tests}
-
-
-def kill(process):
-    """End a process and all that it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    except ProcessLookupError:
-        pass  # all of them have ended
-    process.wait()
-
-
-def grade_exercise(exercise, source, edited=(), secret="0", limit=60):
+def grade_exercise(exercise, source, edited=(), secret="0", limit=30):
     """(points, lines that say what was lost) of a function in the source that was submitted."""
     tests = [*exercise["tests"], *exercise.get("withheld", []), HIDDEN]
     try:
@@ -307,7 +250,7 @@ def main():
         if function is grade:
             command.add_argument("results", type=Path, help="the JSON file to write")
             command.add_argument("--secret", help="seeds the hidden tests; default: a random one")
-            command.add_argument("--limit", type=int, default=60, help="seconds for a function")
+            command.add_argument("--limit", type=int, default=30, help="seconds for a function")
         if function is check:
             command.add_argument("--week", type=int, default=0, help="this week only")
             command.add_argument("--jobs", type=int, default=1, help="exercises at once")
