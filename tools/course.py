@@ -18,6 +18,7 @@ course_figures.py.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import secrets
@@ -183,7 +184,16 @@ def grade_all(unit, args, secret):
         yield from grade_experiments(unit, args.folder, seed_of(args.student))
 
 
+def need_packages():
+    """Without them every test would fail, and every student earn nothing."""
+    for name in ("torch", "numpy", "tiktoken", "pytest"):
+        if importlib.util.find_spec(name) is None:
+            raise SystemExit(f"{sys.executable} has no {name}: "
+                             "pip install -r requirements.txt pytest")
+
+
 def grade(args):
+    need_packages()
     unit, started, secret = find_unit(args.unit), time.time(), args.secret or secrets.token_hex(8)
     if not args.folder.is_dir():
         raise SystemExit(f"{args.folder} is no folder: name the one that was handed in")
@@ -223,6 +233,7 @@ def check_exercise(exercise):
 def check(args):
     """For every exercise: the stub earns nothing, the reference everything, and the typical mistake
     loses points."""
+    need_packages()
     weeks = [week for week in COURSE["week"] if args.week in (0, week["number"])]
     exercises = [exercise for week in weeks for exercise in week["exercise"]]
     n_unsound = 0
