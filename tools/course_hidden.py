@@ -468,7 +468,6 @@ def ppo_token_rewards(m, rng):
 
 def ppo_gae(m, rng):
     mask, rewards, values, _ = masked(rng)
-    rewards = rewards * mask
     yield m.ppo.gae(rewards, values, mask)
     yield m.ppo.gae(rewards, values, mask, rng.uniform(0, 1), rng.uniform(0, 1))
 
