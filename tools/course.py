@@ -130,8 +130,9 @@ def week_text(unit, student):
         commands = [c.replace(".py", ".py --config=mine.toml") for c in experiment["run"]]
         parts += [f"**{experiment['name']}**: {experiment['points']} points",
                   "\n".join(f"    {command}" for command in commands),
-                  f"Look at {experiment['look']}. Vary next: {experiment['next']}. Graded by:",
-                  "\n".join(f"    {claim}" for claim in experiment["shows"])]
+                  f"Look at {experiment['look']}. Graded by:",
+                  "\n".join(f"    {claim}" for claim in experiment["shows"]),
+                  f"To vary next: {experiment['next']}"]
     text = "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
     return text.replace("{student}", student).replace("{seed}", str(seed_of(student)))
 

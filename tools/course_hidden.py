@@ -47,8 +47,8 @@ def load(folder):
 def check_equal(found, expected):
     """Raises if two results differ by more than rounding."""
     if isinstance(expected, dict):
-        assert isinstance(found, dict) and list(found) == list(expected), "other keys"
-        found, expected = list(found.values()), list(expected.values())
+        assert isinstance(found, dict) and found.keys() == expected.keys(), "other keys"
+        found, expected = [found[key] for key in expected], list(expected.values())
     if isinstance(expected, (list, tuple)):
         assert isinstance(found, (list, tuple)) and len(found) == len(expected), "another length"
         for pair in zip(found, expected):
@@ -496,4 +496,4 @@ def ppo_describe(m, rng):
     rollout = dict(scores=normal(rng, len(mask)), old=old.clamp(-5, 0) * mask, values=values,
                    ref=ref.clamp(-5, 0) * mask, ended=torch.from_numpy(rng.random(len(mask)) < 0.5))
     figures = m.ppo.describe(rollout, mask, normal(rng, *mask.shape))
-    yield {name: float(figures[name]) for name in sorted(figures)}
+    yield {name: float(figure) for name, figure in figures.items()}
