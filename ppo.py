@@ -64,14 +64,15 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 def whiten(x, mask):
-    """Shift to mean 0 and scale to variance 1 over the mask."""
+    """Shift to mean 0 and scale to variance 1 over the mask; outside it 0 comes out. 1e-8 is added
+    to the variance, as all x may be equal."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
     """r_t = -β (log π - log π_ref) at every token, plus the score (B,) at the last one (Ziegler et
-    al. 2019, eq. 2)."""
+    al. 2019, eq. 2); 0 outside the mask. A response has one token at least."""
     rewards = -kl_coefficient * (logprobs - ref_logprobs) * mask
     last = mask.cumsum(1).argmax(1, keepdim=True)  # where the count of tokens reaches its maximum
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -83,7 +84,8 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
 
     λ = 1: A_t is all the reward that followed, minus V_t, which is noisy; λ = 0: only δ_t, which
     trusts V_{t+1}. values[t] is V of the state *before* the token that is predicted at t. Gives
-    (advantages, returns): the returns, advantages + values, are what V learns."""
+    (advantages, returns): the returns, advantages + values, are what V learns. Both are 0 outside
+    the mask; what stands there in rewards and values must not matter."""
     values = values * mask
     next_values = F.pad(values[:, 1:], (0, 1))
     delta = rewards + discount * next_values - values
@@ -94,8 +96,9 @@ def gae(rewards, values, mask, discount=1.0, lam=0.95):
     return advantages, (advantages + values) * mask
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
-    """max(-Aρ, -A clip(ρ, 1 ± ε)), ρ = π/π_old (Schulman et al. 2017, eq. 7). At ρ = 1 the gradient
-    is that of -A log π; it is 0 once ρ is more than ε beyond 1 in the direction that A wants."""
+    """max(-Aρ, -A clip(ρ, 1 ± ε)), ρ = π/π_old, for each token (Schulman et al. 2017, eq. 7). At
+    ρ = 1 the gradient is that of -A log π; it is 0 once ρ is more than ε beyond 1 in the direction
+    that A wants."""
     ratio = (logprobs - old_logprobs).exp()
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
@@ -198,7 +201,11 @@ def update(run, config, models, optimizers, rollout, step, text=None):
                 **describe(rollout, mask, returns))
 
 def describe(rollout, mask, returns):
-    """The figures of a rollout: means over real tokens, or over whole responses."""
+    """The figures of a rollout, as a dict of Python's numbers. Means over responses: reward (the
+    scores), kl (k1, summed over a response's tokens), length (in tokens), ended (the share that
+    did). Means over all tokens: kl3_per_token (k3), entropy (estimated by -log π_old), and
+    explained_variance, 1 - mean (R - V)² / variance of R: 1 for a V that foretells all returns, 0
+    for one that knows their mean only. (That variance counts as 1e-8 at least.)"""
     k1, k3 = kl_estimates(rollout["old"], rollout["ref"])
     unexplained = masked_mean((returns - rollout["values"]) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).clamp(min=1e-8)

@@ -19,7 +19,7 @@ from model import (IGNORE, LanguageModel, ModelConfig, Muon, Optimizer, ScalarMo
                    choose_dtype, clip_gradients, draw, generate, generate_tokens,
                    learning_rate_factor, newton_schulz, next_token_probabilities, pad)
 from prepare import epoch_batches, random_stream
-from pretrain import get_batch
+from pretrain import flops_per_token, get_batch
 
 STOP = 0
 
@@ -128,6 +128,50 @@ def test_rotary_table_is_exact_in_a_new_process():
     done = subprocess.run([sys.executable, "-c", TABLE], cwd=Path(__file__).parents[1], text=True,
                           check=True, stdout=subprocess.PIPE)
     assert float(done.stdout) < 6e-8
+
+
+def test_rotate_by_hand():
+    """The channels (0, 2) and (1, 3) are pairs: the first is turned by 90 degrees, the second stays
+    (catches a turn in the other direction, and pairs of neighbours). A query and a key that move
+    on together keep their product."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    turn, stay = torch.tensor([[0.0, 1, 0, 1]]), torch.tensor([[1.0, 0, 1, 0]])
+    close(model_module.rotate(x, turn, stay).flatten(), torch.tensor([-3.0, 2, 1, 4]))
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    angle = torch.outer(torch.tensor([3.0, 5, 10, 12]), torch.tensor([1.0, 0.5, 0.1, 0.01]))
+    angle = angle.tile(2)[:, None]                                     # (4, 1, 8): four positions
+    q, k = ([model_module.rotate(z, a.cos(), a.sin()).flatten() for a in angle] for z in (q, k))
+    close(q[1] @ k[0], q[3] @ k[2], 1e-5)
+    assert abs(q[1] @ k[0] - q[3] @ k[0]) > 1e-3
+
+
+def test_rms_norm_by_hand():
+    """(3, 4) has a root mean square of √12.5; gains come after it. Nothing is shifted, and zeros
+    stay zeros; the dtype is that of x."""
+    norm = model_module.RMSNorm(2)
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    close(norm(x).detach(), torch.tensor([[3.0, 8.0], [0.0, 0.0]]) / 12.5**0.5, 1e-6)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16 and norm(x).dtype == torch.float32
+
+
+def test_attention_by_hand():
+    """Weights of 1/4 and 3/4 from a score of log 3 times √D; without a mask each token sees itself
+    and those before it; query heads that follow each other share a key head; a mask hides keys."""
+    q = torch.zeros(1, 1, 3, 4)
+    k, v = torch.zeros(1, 1, 3, 4), torch.tensor([0.0, 4.0, 8.0]).view(1, 1, 3, 1)
+    v = v.expand(1, 1, 3, 4)
+
+    def found(*arguments):
+        return model_module.attention(*arguments)[0, :, :, 0]
+
+    close(found(q, k, v), torch.tensor([[0.0, 2.0, 4.0]]), 1e-5)
+    q[..., 0], k[0, 0, 1, 0] = 1.0, 2 * math.log(3)
+    close(found(q, k, v), torch.tensor([[0.0, 3.0, 4.0]]), 1e-5)
+    last = torch.tensor([False, False, True]).expand(1, 1, 3, 3)
+    close(found(q, k, v, last), torch.tensor([[8.0, 8.0, 8.0]]), 1e-5)
+    q, k, v = q.expand(1, 4, 3, 4), k.expand(1, 2, 3, 4), torch.cat([v, -v], 1)
+    close(found(q, k, v)[:, 1], torch.tensor([3.0, 3.0, -3.0, -3.0]), 1e-5)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -240,6 +284,19 @@ def test_loss_is_cross_entropy_of_the_targets(temperature):
         for found, expected in zip(torch.autograd.grad(loss.sum(), weights),
                                    torch.autograd.grad(whole, weights)):
             close(found, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_loss_of_even_odds(temperature):
+    """A model that holds all 19 words for equally likely loses log 19 at each target, whatever the
+    temperature, and 0 where there is none; without targets it gives logits."""
+    model = language_model(tie_embeddings=False)
+    model.lm_head.weight.data.zero_()
+    tokens = torch.arange(8).view(2, 4)
+    targets = torch.tensor([[1, IGNORE, 3, 0], [IGNORE] * 4])
+    expected = torch.tensor([[1.0, 0, 1, 1], [0] * 4]) * math.log(19)
+    close(model(tokens, targets, temperature).detach(), expected, 1e-5)
+    assert model(tokens).shape == (2, 4, 19)
 
 
 def test_loss_without_any_target():
@@ -620,6 +677,15 @@ def test_pretraining_batches_depend_on_seed_and_step_alone():
     windows_of(40), windows_of(400)
     assert torch.equal(windows_of(4)[0], expected)
     assert not torch.equal(windows_of(4, seed=2)[0], expected)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_per_token_by_hand(tie):
+    """Of a small model: in each of two blocks q and o have 32·32 weights, k and v 32·16, the MLP
+    3·32·48; the head 19·32, also if it is the embedding. Attention takes 12·4·8·24 a block."""
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 19 * 32
+    expected = 6 * weights + 2 * 12 * 4 * 8 * 24
+    assert flops_per_token(LanguageModel(small_config(tie_embeddings=tie))) == expected == 114_240
 
 
 def test_random_streams_depend_on_seed_and_purpose_alone():

@@ -315,6 +315,17 @@ def test_score_of_a_row_alone_equals_row_in_batch(dtype, tolerance):
     assert together.std() > 0.1
 
 
+def test_join_by_hand():
+    """Each prompt with its response behind it, padded to a multiple of 8; a target stands where its
+    predecessor does, so the last token of a prompt predicts the first of the response."""
+    tokens, targets, lengths = join([[5, 6], [7]], [[1, 2, 3], [9]], "cpu")
+    assert tokens.tolist() == [[5, 6, 1, 2, 3, 0, 0, 0], [7, 9, 0, 0, 0, 0, 0, 0]]
+    nothing = IGNORE
+    assert targets.tolist() == [[nothing, 1, 2, 3] + [nothing] * 4, [9] + [nothing] * 7]
+    assert lengths.tolist() == [5, 2]
+    assert join([[1] * 5], [[2] * 4], "cpu")[0].shape == (1, 16)
+
+
 def three_rankings():
     return [ranking("a", ["xx", "y", "zzz"], [[2], [0, 1]]), ranking("b", ["u", "v"], [[1], [0]]),
             ranking("c", ["k", "ll", "mmmm", "nn"], [[3], [2], [1], [0]])]
@@ -788,6 +799,20 @@ def test_rewards_of_an_update_by_hand(monkeypatch):
     assert figures["length"] == 3 and figures["ended"] == 0.5
 
 
+def test_describe_by_hand():
+    """The figures of two responses, of two tokens and of one; nothing that stands elsewhere counts.
+    log π/π_ref is .5 and 0, and -1; V = 1 explains the returns 1, 2, 3 worse than their mean."""
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    rollout = dict(
+        scores=f64(1.0, 4.0), ended=torch.tensor([True, False]), values=torch.ones(2, 4).double(),
+        old=f64([-9, -1, -2, -9], [-3, -9, -9, -9]), ref=f64([0, -1.5, -2, 0], [-2, 0, 0, 0]))
+    figures = ppo.describe(rollout, mask, f64([7, 1, 2, 7], [3, 7, 7, 7]))
+    k3 = (math.exp(-0.5) - 1 + 0.5) + 0 + (math.exp(1) - 1 - 1)
+    assert figures == pytest.approx(dict(
+        reward=2.5, kl=(0.5 - 1) / 2, kl3_per_token=k3 / 3, entropy=2.0, explained_variance=-1.5,
+        length=1.5, ended=0.5))
+
+
 def test_figures_of_an_update_by_hand():
     """The logged figures of an update in numpy, for a policy that says each of 19 words with the
     same probability and a value function that says 0: means over real tokens or over whole
@@ -990,6 +1015,20 @@ def test_dropout_is_off_in_figures(tmp_path, figure):
     dropping = with_dropout(tiny(cls, vocab_size=BYTES.size, block_size=64))
     assert measured(dropping) == measured(plain)
     assert dropping.training and dropping.model.layers[0].mlp[1].training
+
+
+@pytest.mark.parametrize("n", [2, 64, 65, 66, 700])
+def test_bits_per_byte_by_hand(tmp_path, n):
+    """A model that holds all 259 tokens for equally likely needs log2 259 bits for each token but
+    the first, however the text is cut into windows; bytes are those that data.json counts."""
+    (np.arange(n) % 256).astype(np.uint16).tofile(tmp_path / "val.bin")
+    (tmp_path / "data.json").write_text(json.dumps(dict(
+        dtype="uint16", tokenizer=BYTES.hash, val=dict(tokens=n, bytes=1000))))
+    run, _ = one_process(RewardConfig, out_dir=str(tmp_path))
+    model = tiny(LanguageModel, vocab_size=BYTES.size, block_size=64, tie_embeddings=False)
+    model.lm_head.weight.data.zero_()
+    expected = (n - 1) * math.log2(BYTES.size) / 1000
+    assert bits_per_byte(model, run) == pytest.approx(expected, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
