@@ -88,7 +88,7 @@ def chat(run, tokenizer, model):
                 messages = []
                 continue
             print("model> ", end="", flush=True)
-            messages.append(dict(role="assistant", content=stream(run, tokenizer, model, ids, turn)))
+            messages += [dict(role="assistant", content=stream(run, tokenizer, model, ids, turn))]
             turn += 1
     except (EOFError, KeyboardInterrupt):
         print()

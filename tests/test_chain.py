@@ -3,6 +3,7 @@ their own. What it leaves behind; stopping and resuming; two processes; a user's
 
 import dataclasses
 import importlib
+import json
 import math
 import re
 import shlex
