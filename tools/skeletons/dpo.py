@@ -18,8 +18,8 @@ import torch.nn.functional as F  # noqa: F401  (for dpo_loss)
 
 from model import (LanguageModel, Optimizer, Run, TrainConfig, clip_gradients, learning_rate_factor,
                    load_checkpoint, load_config, option, restore)
-from prepare import (epoch_batches, held_out_prompts, join, load_tokenizer, prompt_ids,
-                     random_stream, read_rankings, respond, scorecard)
+from prepare import (epoch_batches, join, load_tokenizer, prompt_ids,
+                     random_stream, read_judged, read_rankings, respond, scorecard)
 
 @dataclass
 class DPOConfig(TrainConfig):
@@ -65,7 +65,7 @@ def batch_loss(policy, reference, rankings, config, tokenizer, run):
 
 def distance(policy, reference, tokenizer, run):
     """KL(π‖π_SFT) in nats a response, estimated on responses of π to the held-out prompts."""
-    records, total = held_out_prompts(run.config.out_dir), 0.0
+    records, total = read_judged(run.path("eval.jsonl")), 0.0
     responses = respond(policy, tokenizer, records, run, ("distance",))
     for i in range(0, len(records), 64):
         prompts = [prompt_ids(tokenizer, record["prompt"]) for record in records[i:i + 64]]

@@ -17,7 +17,7 @@ import torch
 
 from model import (IGNORE, LanguageModel, Optimizer, Run, ScalarModel, TrainConfig, clip_gradients,
                    learning_rate_factor, load_checkpoint, load_config, option, restore)
-from prepare import (held_out_prompts, join, load_tokenizer, prompt_ids, random_stream,
+from prepare import (join, load_tokenizer, prompt_ids, random_stream, read_judged,
                      read_prompts, respond, rubric_score, scorecard)
 
 @dataclass
@@ -69,7 +69,7 @@ def update(run, config, policy, ddp_policy, optimizer, rollout, step):
 
 def distance(policy, reference, tokenizer, run):
     """KL(π‖π_SFT) in nats a response, estimated on responses of π to the held-out prompts."""
-    records, total = held_out_prompts(run.config.out_dir), 0.0
+    records, total = read_judged(run.path("eval.jsonl")), 0.0
     responses = respond(policy, tokenizer, records, run, ("distance",))
     for i in range(0, len(records), 64):
         prompts = [prompt_ids(tokenizer, record["prompt"]) for record in records[i:i + 64]]
