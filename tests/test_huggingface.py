@@ -439,6 +439,8 @@ def test_without_transformers(checkpoints, exported, tmp_path):
         tool("export", run / "pretrain.pt", tmp_path / name)
         for path in (exported / name).iterdir():
             assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path.name
+        weights = (exported / name / "model.safetensors").read_bytes()
+        assert int.from_bytes(weights[:8], "little") % 8 == 0  # tensors begin at multiples of 8
 
 
 def test_fine_tuning_an_imported_model(folder, tmp_path):
@@ -447,7 +449,8 @@ def test_fine_tuning_an_imported_model(folder, tmp_path):
     tool("export", folder / "pretrain.pt", tmp_path / "qwen", "--dtype=bfloat16")
     tool("import", tmp_path / "qwen", f"--out_dir={out}")
     given = (out / "tokenizer.tiktoken").read_bytes()
-    succeed("prepare", out, *prepare_options(out), f"--tokenizer={out}/tokenizer.tiktoken")
+    succeed("prepare", out, *prepare_options(out), "--vocab_size=400",
+            f"--tokenizer={out}/tokenizer.tiktoken")
     assert (out / "tokenizer.tiktoken").read_bytes() == given
     tokens = np.fromfile(out / "val.bin", np.uint16)
     assert " the " in load_tokenizer(str(out)).decode(tokens.tolist())
@@ -531,6 +534,8 @@ def test_truncated_weights(exported, tmp_path, cut):
     shutil.copytree(exported / "tied", tmp_path / "qwen")
     path = tmp_path / "qwen/model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
+    assert str(path) in refusal("import", tmp_path / "qwen", f"--out_dir={tmp_path}/run")
+    path.write_bytes(b"\xff" * 100)
     assert str(path) in refusal("import", tmp_path / "qwen", f"--out_dir={tmp_path}/run")
 
 

@@ -46,8 +46,8 @@ def reading(path):
     """Whatever is wrong with a file that is imported ends in one line."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise SystemExit(f"{path} is missing, damaged or not like Qwen3's: {error!r}")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise SystemExit(f"{path} is damaged or not like Qwen3's: {error!r}")
 
 
 def read_json(path):
@@ -377,7 +377,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except OSError as error:  # a folder that cannot be made or read: it names the path
+    except OSError as error:  # a file that is missing, a full disk, …: it names the path
         raise SystemExit(str(error))
 
 
