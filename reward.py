@@ -7,8 +7,9 @@
     loss of a prompt = -1/pairs · Σ log σ(r_i - r_j)      over all pairs with i ranked above j
 
 (Ouyang et al. 2022, eq. 1. In the Bradley–Terry model σ(r_i - r_j) is the probability that a person
-prefers i to j.) The script alone does all three steps. The simulated annotator ranks by rubric,
-with noise. People rank with tools/annotate.py, in the terminal or on a page:
+prefers i to j.) The script alone does all three steps. The simulated annotator ranks by rubric and
+errs as people do; the reward model, which sees many rankings and no rubric, becomes better than it.
+People rank with tools/annotate.py, in the terminal or on a page:
 
     python reward.py                                             everything, simulated annotator
     python reward.py --rankings=out/tiny/rankings-ann.jsonl      train on what a person has ranked
@@ -39,9 +40,9 @@ class RewardConfig(TrainConfig):
     variant: str = option("", "a name: the model becomes reward-NAME.pt, beside others")
     n_samples: int = option(8, "responses per prompt (K)", low=2)
     temperature: float = option(1.0, "of the sampled responses", low=0.01)
-    n_reward_layer: int = option(2, "blocks, copied from the SFT model's first ones", low=1)
-    epochs: int = option(2, "passes over the rankings", low=1)
-    batch_size: int = option(32, "prompts a step, each with all its responses", low=1)
+    n_reward_layer: int = option(2, "blocks, copied from the pretrained model's first ones", low=1)
+    epochs: int = option(3, "passes over the rankings", low=1)
+    batch_size: int = option(16, "prompts a step, each with all its responses", low=1)
     micro_batch_size: int = option(16, "prompts that a process computes at once", low=1)
     muon_learning_rate: float = option(0.005, "peak rate of Muon; 0: AdamW for all weights", low=0)
     weight_decay: float = option(0.01, "decay of the matrices", low=0)
@@ -210,7 +211,7 @@ def load_rankings(run, config, tokenizer, block_size):
 
 def train(run, config, tokenizer, model, optimizer, rankings, held_out, records):
     """The loop. Returns the step it ended at."""
-    origin = dict(tokenizer=tokenizer.hash, parent="sft.pt")
+    origin = dict(tokenizer=tokenizer.hash, parent="pretrain.pt")
     step = run.start(tokenizer.hash, model=model, optimizer=optimizer).get("step", 0)
     ddp_model = run.wrap(model)
     lengths = [len(prompt_ids(tokenizer, r["prompt"]))
@@ -255,16 +256,17 @@ def normalise(model, scores):
     model.score.bias.sub_(mean).div_(std)
 
 def train_reward_model(run, config, tokenizer):
-    sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
-    n_layer = sft["model_config"].n_layer
+    # Not the SFT model: that has learned the demonstrations' errors, too, and these are judged here.
+    base = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py", tokenizer.hash)
+    n_layer = base["model_config"].n_layer
     if config.n_reward_layer > n_layer:
-        raise SystemExit(f"--n_reward_layer: the SFT model has only {n_layer} blocks")
-    model_config = replace(sft["model_config"], n_layer=config.n_reward_layer)
+        raise SystemExit(f"--n_reward_layer: the pretrained model has only {n_layer} blocks")
+    model_config = replace(base["model_config"], n_layer=config.n_reward_layer)
     rankings, held_out = load_rankings(run, config, tokenizer, model_config.block_size)
     records = read_rubrics(run)
     torch.manual_seed(config.seed)  # the new head does not depend on whether sampling came first
     model = ScalarModel(model_config).to(run.device)
-    model.load_state_dict(sft["model"], strict=False)  # the lower blocks; `score` is new
+    model.load_state_dict(base["model"], strict=False)  # the lower blocks; `score` is new
     optimizer = Optimizer(model, config.learning_rate, config.muon_learning_rate,
                           config.weight_decay, dtype=run.dtype)
     annotators = ", ".join(sorted({r["annotator"] for r in rankings}))
@@ -274,7 +276,7 @@ def train_reward_model(run, config, tokenizer):
 
     scores = score_all(model, held_out, tokenizer, run)  # not yet normalised: σ is calibrated
     normalise(model, np.concatenate(score_all(model, rankings[:1000], tokenizer, run)))
-    run.save(f"{run.stage}.pt", model, step, tokenizer=tokenizer.hash, parent="sft.pt")
+    run.save(f"{run.stage}.pt", model, step, tokenizer=tokenizer.hash, parent="pretrain.pt")
     if run.main:
         figures = accuracies(held_out, scores, records)
         figures |= dict(n=len(held_out), rankings=len(rankings), annotators=annotators)

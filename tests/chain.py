@@ -44,7 +44,8 @@ PREPARED = ("tokenizer.tiktoken", "train.bin", "val.bin", "data.json", "sft.json
             "eval.jsonl")
 CHECKPOINTS = ("pretrain.pt", "sft.pt", "reward.pt", "ppo.pt")
 # What a stage reads; a folder with these can run it.
-INPUTS = {"pretrain": PREPARED, "sft": (*PREPARED, "pretrain.pt"), "reward": (*PREPARED, "sft.pt"),
+INPUTS = {"pretrain": PREPARED, "sft": (*PREPARED, "pretrain.pt"),
+          "reward": (*PREPARED, "pretrain.pt", "sft.pt"),
           "ppo": (*PREPARED, "sft.pt", "reward.pt"), "sample": (*PREPARED, *CHECKPOINTS)}
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

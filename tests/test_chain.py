@@ -55,7 +55,7 @@ def test_checkpoints_are_plain_dicts(folder, name):
     assert config.n_embd == 32 and config.vocab_size == 512
     assert checkpoint["step"] > 0 and checkpoint["config"]["out_dir"] == str(folder)
     assert checkpoint["dtype"] == "float32"
-    parents = {"pretrain.pt": "train.bin", "sft.pt": "pretrain.pt", "reward.pt": "sft.pt",
+    parents = {"pretrain.pt": "train.bin", "sft.pt": "pretrain.pt", "reward.pt": "pretrain.pt",
                "ppo.pt": "sft.pt"}
     assert checkpoint["parent"] == parents[name]
 
@@ -78,7 +78,7 @@ def test_stages_change_the_model(folder):
     """Each stage really trains: no weight is what it was in the parent, the reward model's
     included."""
     models = {name: load(folder / name)["model"] for name in CHECKPOINTS}
-    for parent, child in (("pretrain.pt", "sft.pt"), ("sft.pt", "ppo.pt"), ("sft.pt", "reward.pt")):
+    for parent, child in (("pretrain.pt", "sft.pt"), ("sft.pt", "ppo.pt"), ("pretrain.pt", "reward.pt")):
         for name in models[parent].keys() & models[child].keys():
             assert not torch.equal(models[parent][name], models[child][name]), (parent, child, name)
 
@@ -520,7 +520,7 @@ def test_batch_that_two_processes_cannot_share(folder, tmp_path, stage, option, 
 @pytest.mark.parametrize("script, present, options, remedy", [
     ("pretrain", (), (), "prepare.py"), ("sft", PREPARED, (), "pretrain.py"),
     ("reward", PREPARED, (), "sft.py"),
-    ("reward", (*PREPARED, "sft.pt"), ["--steps=train"], "reward.py"),
+    ("reward", (*PREPARED, "pretrain.pt"), ["--steps=train"], "reward.py"),
     ("ppo", PREPARED, (), "sft.py"), ("ppo", (*PREPARED, "sft.pt"), (), "reward.py"),
     ("sample", (), (), "prepare.py"), ("sample", PREPARED, ["--compare"], "pretrain.py")])
 def test_missing_input_names_its_command(folder, tmp_path, script, present, options, remedy):

@@ -417,12 +417,12 @@ def write_checkpoint(path, model):
 
 
 @pytest.mark.parametrize("n_reward_layer", [1, 2])
-def test_reward_model_starts_as_the_sft_trunk(tmp_path, monkeypatch, n_reward_layer):
-    """Before its first step the reward model is the SFT model's lowest blocks and its last norm,
-    under a head of N(0, 1/(d + 1)) with bias 0, the same for a seed whatever was drawn before
+def test_reward_model_starts_as_the_pretrained_trunk(tmp_path, monkeypatch, n_reward_layer):
+    """Before its first step the reward model is the pretrained model's lowest blocks and its last
+    norm, under a head of N(0, 1/(d + 1)) with bias 0, the same for a seed whatever was drawn before
     it."""
     language = tiny(LanguageModel, vocab_size=BYTES.size, block_size=64)
-    write_checkpoint(tmp_path / "sft.pt", language)
+    write_checkpoint(tmp_path / "pretrain.pt", language)
     (tmp_path / "prompts.jsonl").write_text("")
     rankings = three_rankings()
     monkeypatch.setattr(reward, "load_rankings", lambda *_: (rankings, rankings[:1]))
