@@ -77,7 +77,7 @@ def attention(q, k, v, mask=None):
     """softmax(q kᵀ / √D) v over the keys that the mask (B, 1, T, S) allows; without a mask, causal.
     q (B, H, T, D); k, v (B, Hkv, S, D): each key head serves H / Hkv query heads.
     On a CPU in bfloat16 plain matrix products are a quarter faster than PyTorch's kernel."""
-    if v.device.type != "cpu" or v.dtype != torch.bfloat16:  # 0.0: no dropout; then: is it causal?
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:  # 0.0 is dropout; no mask means causal
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, enable_gqa=True)
     (B, H, T, D), (_, Hkv, S, _) = q.shape, k.shape
     allowed = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask[:, :, None]
@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
 
 class ScalarModel(nn.Module):
     """Trunk and one number per position: a value function; or, read at a sequence's last token
-    alone, a reward model. The trunk always comes from a checkpoint; only the head is new."""
+    alone, a reward model. In reward.py only the head is new, in ppo.py nothing is."""
     def __init__(self, config):
         super().__init__()
         self.model = Transformer(config)
@@ -288,7 +288,7 @@ def generate_tokens(model, prompts, max_new_tokens, stop, uniforms, temperature=
         raise SystemExit(f"a prompt of {longest} tokens fills the context: shorten it")
     cache = KVCache(config, len(prompts), min(config.block_size, longest + max_new_tokens), device)
     hidden = model.model(pad(prompts).to(device), cache)        # (B, T, C): all prompts in one pass
-    cache.lengths, cache.longest = lengths.to(device), longest  # the padding will be overwritten
+    cache.lengths, cache.longest = lengths.to(device), longest  # padding: unseen, then overwritten
     rows = torch.arange(len(prompts))
     hidden = hidden[rows, lengths - 1]                          # (B, C): each row's last real token
     active = torch.ones(len(prompts), dtype=torch.bool)         # which rows of the batch go on
@@ -317,7 +317,7 @@ def generate(model, prompts, *settings, **more):
 def newton_schulz(x, steps=5):
     """Push the singular values of each matrix of x (…, R, C) near 1 (0.7 to 1.2): a step maps s to
     a·s + b·s³ + c·s⁵, by matrix products alone (Jordan et al. 2024, "Muon")."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
     tall = x.shape[-2] > x.shape[-1]
     x = (x.mT if tall else x) / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # s ≤ 1
     for _ in range(steps):

@@ -1,7 +1,7 @@
 """Stage 0, data: text is read, cleaned, split and tokenised; prompts for later stages are written.
 
     python prepare.py                               the tiny world of data/, nothing to download
-    python prepare.py --text='books/*.txt'          your own: .txt, .md, .jsonl with "text", .gz
+    python prepare.py --text='books/*.txt'          your own: .txt, .md, .jsonl, also .gz
 
     documents → repair → quality rules → exact and near duplicates → split by document → BPE → *.bin
 
@@ -100,7 +100,7 @@ def open_text(path):
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SystemExit(f"{path} cannot be read ({error}); see data/convert.py")
 
-MESSAGES = [dict(role=str, content=str)]
+MESSAGES = [dict(role=str, content=str)]  # what fields hold, as is_of reads it
 RANKING = dict(id=str, annotator=str, prompt=(str, MESSAGES), ranking=[[int]],
                responses=[dict(text=str, tokens=([int], type(None)))])
 KINDS = RANKING | dict(messages=MESSAGES, text=str, use=str, dtype=str, tokenizer=str)
@@ -365,7 +365,7 @@ def read_tokens(path):
     ranks = [int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()]
     if len(lines) < 256 or ranks != list(range(len(lines))):
         raise SystemExit(f"{path} is damaged: run python prepare.py again")
-    return [base64.b64decode(token + b"==") for token, _ in lines]
+    return [base64.b64decode(token + b"==") for token, _ in lines]  # some files leave out the "="
 
 def load_tokenizer(out_dir):
     return Tokenizer(read_tokens(os.path.join(out_dir, "tokenizer.tiktoken")))
@@ -503,7 +503,7 @@ def bits_per_byte(model, run):
     windows = [tokens[i:i + T + 1] for i in range(0, len(tokens) - 1, T)]
     mine = [windows[i] for i in run.share(len(windows))]
     # So many windows at once that the logits fit the memory, however large the vocabulary is.
-    n_rows = 2 ** (25 if run.device.type == "cuda" else 22) // (T * model.lm_head.out_features) or 1
+    n_rows = 2 ** (30 if run.device.type == "cuda" else 22) // (T * model.lm_head.out_features) or 1
     for start in range(0, len(mine), n_rows):
         batch = mine[start:start + n_rows]
         rows = pad([window.tolist() for window in batch], IGNORE).to(run.device)       # (B, T + 8)

@@ -57,7 +57,7 @@ class RewardConfig(TrainConfig):
 
 def sample_responses(run, config, tokenizer):
     """K responses of the SFT model to each prompt that is kept for comparisons → samples.jsonl.
-    Equal ones are merged: nobody can order them. ("samples",) is what seeds the random numbers."""
+    Equal ones are merged: nobody can order them. ("samples",) is the purpose for random_stream."""
     sft = load_checkpoint(run.path("sft.pt"), "python sft.py", tokenizer.hash)
     model = restore(LanguageModel, sft, run.device)
     records = read_prompts(run, tokenizer, model.model.config.block_size, "compare")
@@ -136,7 +136,7 @@ def make_batch(rankings, tokenizer, device):
     the positions of each response begin where the prompt ends, each is read as if it were alone.
 
     Gives tokens and positions (P, T), mask (P, 1, T, T), ends (P, K), the index in the row of each
-    response's last token, and ranks (P, K), -1 where a prompt has fewer than K responses."""
+    response's last token, and ranks (P, K), -1 where a prompt has fewer. `pad` rounds up K, too."""
     rows, branches, positions, ends, ranks = [], [], [], [], []
     for r in rankings:
         parts = [prompt_ids(tokenizer, r["prompt"])] + [x["tokens"] for x in r["responses"]]
@@ -256,7 +256,7 @@ def normalise(model, scores):
     model.score.bias.sub_(mean).div_(std)
 
 def train_reward_model(run, config, tokenizer):
-    # Not the SFT model: that has learned the demonstrations' errors, too, and these are judged here.
+    # Not from the SFT model: that has learned the demonstrations' errors, too.
     base = load_checkpoint(run.path("pretrain.pt"), "python pretrain.py", tokenizer.hash)
     n_layer = base["model_config"].n_layer
     if config.n_reward_layer > n_layer:
@@ -274,7 +274,7 @@ def train_reward_model(run, config, tokenizer):
         print(f"{len(rankings):,} usable rankings, {len(held_out):,} held out, by {annotators}")
     step = train(run, config, tokenizer, model, optimizer, rankings, held_out, records)
 
-    scores = score_all(model, held_out, tokenizer, run)  # not yet normalised: σ is calibrated
+    scores = score_all(model, held_out, tokenizer, run)  # σ(r_i - r_j) is still a probability
     normalise(model, np.concatenate(score_all(model, rankings[:1000], tokenizer, run)))
     run.save(f"{run.stage}.pt", model, step, tokenizer=tokenizer.hash, parent="pretrain.pt")
     if run.main:

@@ -1,7 +1,7 @@
 """Stage 5, use: talk to the model of any stage, look inside, compare the stages.
 
     python sample.py                                   chat in the terminal, with the last stage
-    python sample.py --prompt="Where does Milo live?"  one answer; --checkpoint=sft: another stage's
+    python sample.py --prompt="Where does Nora live?"  one answer; --checkpoint=sft: another stage's
     python sample.py --next="One cold evening, the"    the likeliest next tokens after a text
     python sample.py --compare                         the same held-out prompts through all stages,
                                                        with the reward model's and the rubric's
