@@ -12,8 +12,9 @@ FILE is a file, a folder, a pattern such as 'books/*.txt', or a URL. Text is rea
 .html files; records, and text in one of their fields, from .json, .jsonl, .csv, .tsv and .parquet
 files. All may be packed by gzip, xz, bzip2 or zip. The forms of records that are known are listed
 below, each with the fields that tell it. Of conversations --as=text takes all that is said, and of
-comparisons --as=demonstrations the best reply. What cannot be used is counted and named, and more
-than one unreadable record in twenty of a file is an error.
+comparisons --as=demonstrations the best reply. A tree of messages becomes several records. What
+cannot be used is counted and named, and more than one unreadable record in twenty of a file is an
+error.
 """
 
 import argparse
@@ -76,6 +77,15 @@ class Report:
         if isinstance(fault, Malformed):
             self.bad += 1
             self.first_bad = self.first_bad or f"{self.place}: {fault}"
+
+    @contextlib.contextmanager
+    def leaving_out_faults(self):
+        try:
+            yield
+        except Unusable as fault:
+            self.leave_out(fault)
+        except RecursionError:
+            self.leave_out(Malformed("nested too deeply"))
 
     def show(self):
         forms = ", ".join(self.forms) or "no known form"
@@ -554,7 +564,8 @@ def asked(record, name, report):
 
 # --------------------------------------------------------------------------------------------------
 # Forms. A record in any of them comes to (prompt, replies, scores): the messages that ask, the
-# texts that answer, and, in comparisons, how good each answer is (a higher score is better).
+# texts that answer, and, in comparisons, how good each answer is (a higher score is better). A tree
+# comes to several.
 
 def read_text(record, fields, report):
     return [], [record[fields[0]]], []
@@ -624,6 +635,75 @@ def read_replies(record, fields, report):
     return asked(record, ask, report), replies, scores
 
 
+def read_strength(record, fields, report):
+    """Two replies, and by how much the second is better: less than 0, where the first is."""
+    ask, first, second, strength = fields
+    report.remark("a preference's strength, of which only the sign was used")
+    return asked(record, ask, report), [record[first], record[second]], [0, record[strength]]
+
+
+def as_node(message, role, report, gone=False):
+    """A message of a tree as (its turn, its rank or infinity, the replies to it); None if it, or a
+    message above it, is deleted or empty."""
+    replies = isinstance(message, dict) and (message.get("replies") or [])
+    if not isinstance(replies, list):
+        raise Malformed("a tree of something else than messages")
+    text, rank = message.get("text"), message.get("rank")
+    gone = gone or message.get("deleted") or text is None or not str(text).strip()
+    other = "assistant" if role == "user" else "user"
+    nodes = [as_node(reply, other, report, gone) for reply in replies]
+    if gone:
+        report.remark("left out: a message that is deleted or empty, or below such a one")
+        return None
+    read = ("text", "deleted", "replies", "rank" if role == "assistant" else "")
+    rest = {key: message[key] for key in message if key not in read and message[key] is not None}
+    turn, = as_messages([rest | {"content": text}], report)
+    if turn["role"] != role:
+        raise Malformed("a tree in which the user and the assistant do not take turns")
+    return turn, math.inf if rank is None else as_number(rank), [node for node in nodes if node]
+
+
+def compared_replies(node, before, report):
+    """The ranked replies to a user's turn of a tree, and those to each of the turns below it."""
+    turn, _, replies = node
+    prompt = [*before, turn]
+    ranked = [(reply["content"], -rank) for reply, rank, _ in replies if rank < math.inf]
+    for _ in replies[len(ranked):]:
+        report.remark("left out: a reply without a rank")
+    yield prompt, [text for text, _ in ranked], [score for _, score in ranked]
+    for reply, _, nodes in replies:
+        for node in nodes:
+            yield from compared_replies(node, [*prompt, reply], report)
+
+
+def best_conversations(node, before, report):
+    """The conversations along the best replies, or the first where none has a rank: one for each
+    way in which the user goes on and is answered."""
+    turn, _, replies = node
+    if not replies:
+        report.remark("left out: a user's turn that nobody answers")
+        return []
+    for _ in replies[1:]:
+        report.remark("left out: a reply that is not the best, and all below it")
+    best, _, nodes = min(replies, key=lambda reply: reply[1])
+    prompt = [*before, turn]
+    longer = [best_conversations(node, [*prompt, best], report) for node in nodes]
+    return list(itertools.chain(*longer)) or [(prompt, [best["content"]], [])]
+
+
+def read_tree(record, task, report):
+    """What a tree of messages comes to, a list."""
+    node = as_node(record["prompt"], "user", report)
+    if not node:
+        raise Unusable("a tree that begins with a deleted or empty message")
+    if task == "prompts":
+        report.remark("a tree, of which the first turn was taken")
+        return [([node[0]], [], [])]
+    if task == "comparisons":
+        return list(compared_replies(node, [], report))
+    return best_conversations(node, [], report)
+
+
 @dataclass(frozen=True)
 class Form:
     """A form of records: its name, the fields that tell it, the function that reads it, and further
@@ -652,7 +732,9 @@ COMPARISONS = (
     Form("chosen and rejected", "ASK chosen rejected", read_choice),
     Form("hh-rlhf", "chosen rejected", read_choice, SYSTEM),
     Form("KTO", "ASK completion label", read_pair),
-    Form("HelpSteer", "ASK ANSWER RATING", read_pair))
+    Form("HelpSteer", "ASK ANSWER RATING", read_pair),
+    Form("HelpSteer2-preference", "ASK response_1 response_2 preference_strength", read_strength),
+    Form("OpenAssistant", "message_tree_id prompt", read_tree, ()))
 # By what is to be made of the records; the first form whose fields a record has is its form.
 FORMS = {"text": (Form("text in a field", "TEXT", read_text, ()), *CONVERSATIONS, *COMPARISONS),
          "demonstrations": (*CONVERSATIONS, *COMPARISONS), "comparisons": COMPARISONS,
@@ -765,19 +847,21 @@ PLAIN = {"text": plain_text, "demonstrations": plain_demonstration,
          "comparisons": plain_comparison, "prompts": plain_prompt}
 
 
-def convert_record(record, rated, options, report):
-    """The plain form of a record. A single rated reply has none yet: it joins those to the same
-    prompt in `rated`, which come here when all records are read."""
+def read_parts(record, rated, options, report):
+    """What a record comes to, as a list. A single rated reply comes to nothing yet: it joins those
+    to the same prompt in `rated`, which come here when all records are read."""
     if isinstance(record, tuple):
-        return plain_comparison(*record, report)
+        return [record]
     form, fields, part = recognise(record, options, report)
+    if form.read is read_tree:
+        return read_tree(part, options.task, report)
     prompt, replies, scores = form.read(part, fields, report)
     if options.task != "comparisons" or form.read is not read_pair:
-        return PLAIN[options.task](prompt, replies, scores, report)
+        return [(prompt, replies, scores)]
     _, together = rated.setdefault(prompt_id(prompt), (report.place, (prompt, [], [])))
     together[1].extend(replies)
     together[2].extend(scores)
-    return None
+    return []
 
 
 def begins_with_record(path):
@@ -795,16 +879,12 @@ def convert_file(path, options, report):
         return
     rated = {}
     for place, record in itertools.chain(read_records(path, report), rated.values()):
-        report.place = place
-        try:
-            plain = convert_record(record, rated, options, report)
-        except Unusable as fault:
-            report.leave_out(fault)
-        except RecursionError:
-            report.leave_out(Malformed("nested too deeply"))
-        else:
-            if plain:
-                yield plain
+        report.place, parts = place, []
+        with report.leaving_out_faults():
+            parts = read_parts(record, rated, options, report)
+        for part in parts:
+            with report.leaving_out_faults():
+                yield PLAIN[options.task](*part, report)
         if report.bad == report.records == 100:
             break
 

@@ -637,7 +637,11 @@ NO = {"role": "assistant", "content": "No."}
      "Why?", ["a", "b"], [[1], [0]]),
     ({"instruction": "Why?", "completions": [{"response": "a", "overall_score": 7.5, "model": "m"},
                                              {"response": "b", "overall_score": 9}]},
-     "Why?", ["a", "b"], [[1], [0]])])
+     "Why?", ["a", "b"], [[1], [0]]),
+    ({"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": -3},
+     "Why?", ["a", "b"], [[0], [1]]),
+    ({"system": "Be brief.", "prompt": "Why?", "response_1": "a", "response_2": "b",
+      "preference_strength": "1"}, [SYSTEM, USER], ["a", "b"], [[1], [0]])])
 def test_comparisons_of_all_forms(tmp_path, record, prompt, replies, ranking):
     """Chosen and rejected, with a prompt or as two transcripts; rated and ranked lists with ties;
     under any name of the prompt's field. What was made can be read again."""
@@ -666,6 +670,10 @@ def test_comparisons_of_all_forms(tmp_path, record, prompt, replies, ranking):
     ({"chosen": [ASSISTANT], "rejected": [NO]}, "user's turn"),
     ({"prompt": "Why?", "responses": ["a", "b"], "scores": [3, 3]}, "all replies are tied"),
     ({"prompt": "Why?", "responses": ["a", " ", "a"], "scores": [1, 2, 3]}, "an empty reply"),
+    ({"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": 0},
+     "all replies are tied"),
+    ({"message_tree_id": "7", "prompt": {"text": "Why?", "role": "prompter", "deleted": True}},
+     "a tree that begins with a deleted or empty message"),
     ({"prompt": "Why?", "completion": "a", "label": True}, "nothing to compare")])
 def test_comparisons_left_out_by_rule(tmp_path, record, reason):
     """Equal, empty and tied replies and different prompts say nothing about preference: each has
@@ -687,7 +695,17 @@ def test_comparisons_left_out_by_rule(tmp_path, record, reason):
     {"prompt": "a", "responses": ["a", 2], "scores": [1, 2]},
     {"prompt": "a", "responses": ["a", "b"], "ranking": [[0]]},
     {"prompt": "a", "responses": ["a", "b"], "ranking": [[0], [1, 1]]},
-    {"prompt": "a", "responses": ["a", "b"], "ranking": [1, 0]}])
+    {"prompt": "a", "responses": ["a", "b"], "ranking": [1, 0]},
+    {"prompt": "a", "response_1": "a", "response_2": "b", "preference_strength": "much"},
+    {"message_tree_id": "7", "prompt": "Why?"},
+    {"message_tree_id": "7", "prompt": {"text": 3, "role": "prompter"}},
+    {"message_tree_id": "7", "prompt": {"text": "Why?", "role": "prompter", "replies": 3}},
+    {"message_tree_id": "7", "prompt": {"text": "Why?", "role": "prompter", "replies": ["So."]}},
+    {"message_tree_id": "7", "prompt": {"text": "Why?", "role": "assistant"}},
+    {"message_tree_id": "7", "prompt": {"text": "Why?", "role": "prompter", "replies": [
+        {"text": "So.", "role": "prompter"}]}},
+    {"message_tree_id": "7", "prompt": {"text": "Why?", "role": "prompter", "replies": [
+        {"text": "So.", "role": "assistant", "rank": "best"}]}}])
 def test_no_comparison(tmp_path, record):
     """What is damaged is a bad record."""
     line = refused(tmp_path, "comparisons", write_lines(tmp_path / "a.jsonl", record))
@@ -722,6 +740,94 @@ def test_single_rated_replies_are_compared(tmp_path, capsys):
     labelled = [{"prompt": "Why?", "completion": reply, "label": reply == "b"} for reply in "ab"]
     made, = run(tmp_path, "comparisons", write_lines(tmp_path / "b.jsonl", *labelled))
     assert made["ranking"] == [[1], [0]]
+
+
+def test_strength_of_a_preference(tmp_path, capsys):
+    """Of its strength only the side is used, and the report says so."""
+    records = [{"prompt": f"Why {n}?", "response_1": "a", "response_2": "b", "split": "train",
+                "preference_strength": n} for n in (-3, -1, 0, 1, 3)]
+    path = write_lines(tmp_path / "a.jsonl", *records)
+    made = run(tmp_path, "comparisons", path)
+    assert [record["ranking"] for record in made] == [[[0], [1]]] * 2 + [[[1], [0]]] * 2
+    said = capsys.readouterr().out
+    assert "HelpSteer2-preference; 5 records, 4 written" in said
+    assert "strength, of which only the sign was used: 5" in said
+    assert "all replies are tied: 1 (line 3)" in said and "fields not used: split (5)" in said
+    made = run(tmp_path, "demonstrations", write_lines(tmp_path / "b.jsonl", records[4]))
+    assert made == [{"messages": asks("Why 3?", "b")}]
+
+
+def message(text, *replies, **fields):
+    """A message of a tree; one with a rank, if only null, is the assistant's."""
+    role = "assistant" if "rank" in fields else "prompter"
+    return {"text": text, "role": role, "lang": "en", "replies": list(replies), **fields}
+
+
+def turns(*texts):
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+TREE = {"message_tree_id": "7", "tree_state": "ready", "context": "web", "prompt": message(
+    "Why?",
+    message("No.", message("No?", message("x", rank=1), message("y", rank=0)), rank=1),
+    message("Because.",
+            message("And?", message("so", message("Is it?", message("q", rank=1),
+                                                  message("p", rank=0)), rank=None),
+                    message("thus", rank=None)),
+            message("Or?", message("b", rank=1), message("a", rank=0), message("c", rank=None),
+                    message("b", rank=2)),
+            message("Oh."), rank=0),
+    message("", message("What?", message("z", rank=0)), rank=2),
+    message("Spam", rank=3, deleted=True), rank=None, role="prompter")}
+
+
+def test_tree_as_comparisons(tmp_path, capsys):
+    """Each of the user's turns with two ranked replies or more is a comparison, in whatever part of
+    the tree it stands; what is left out is counted."""
+    path = write_lines(tmp_path / "a.jsonl", TREE)
+    made = run(tmp_path, "comparisons", path)
+    assert [(record["prompt"], [reply["text"] for reply in record["responses"]], record["ranking"])
+            for record in made] == [
+        ("Why?", ["No.", "Because."], [[1], [0]]),
+        (turns("Why?", "No.", "No?"), ["x", "y"], [[1], [0]]),
+        (turns("Why?", "Because.", "And?", "so", "Is it?"), ["q", "p"], [[1], [0]]),
+        (turns("Why?", "Because.", "Or?"), ["b", "a"], [[1], [0]])]
+    said = capsys.readouterr().out
+    for words in ("OpenAssistant; 1 records, 4 written",
+                  "left out: a message that is deleted or empty, or below such a one: 4 (",
+                  "left out: a reply without a rank: 3 (",
+                  "left out: a prompt with fewer than two replies: nothing to compare: 2 (",
+                  "an empty or repeated reply, left out of a longer list: 1 (",
+                  "fields not used: tree_state (1), context (1), lang of a turn (18)\n"):
+        assert words in said, words
+    assert run(tmp_path, "comparisons", write_lines(tmp_path / "b.jsonl", *made)) == made
+
+
+def test_tree_as_conversations(tmp_path, capsys):
+    """Along the best replies, or the first without ranks, each way of the user's is a demonstration
+    and a text, up to the last reply; the first turn is a prompt."""
+    path = write_lines(tmp_path / "a.jsonl", TREE)
+    ways = [("Why?", "Because.", "And?", "so", "Is it?", "p"), ("Why?", "Because.", "Or?", "a")]
+    made = run(tmp_path, "demonstrations", path)
+    assert made == [{"messages": turns(*way)} for way in ways]
+    said = capsys.readouterr().out
+    for words in ("1 records, 2 written", "deleted or empty, or below such a one: 4 (",
+                  "left out: a reply that is not the best, and all below it: 6 (",
+                  "left out: a user's turn that nobody answers: 1 (line 1)"):
+        assert words in said, words
+    assert texts(tmp_path, path) == ["\n\n".join(way) for way in ways]
+    capsys.readouterr()
+    assert [record["prompt"] for record in run(tmp_path, "prompts", path)] == ["Why?"]
+    assert "a tree, of which the first turn was taken: 1 (line 1)" in capsys.readouterr().out
+    short = {"message_tree_id": "8", "prompt": message("Why?", message(
+        "Because.", message("And?", message(" ", rank=0)), message("Oh.", replies=None), rank=0))}
+    made = run(tmp_path, "demonstrations", write_lines(tmp_path / "b.jsonl", short))
+    assert made == [{"messages": [USER, ASSISTANT]}]
+    alone = {"message_tree_id": "9", "prompt": {"text": "Why?", "role": "prompter", "rank": 1}}
+    path = write_lines(tmp_path / "c.jsonl", alone)
+    assert "nobody answers: 1" in refused(tmp_path, "demonstrations", path)
+    assert run(tmp_path, "prompts", path)[0]["prompt"] == "Why?"
+    assert "rank of a turn (1)" in capsys.readouterr().out
 
 
 def test_prompts(tmp_path, capsys):
