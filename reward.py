@@ -45,7 +45,7 @@ class RewardConfig(TrainConfig):
     batch_size: int = option(16, "prompts a step, each with all its responses", low=1)
     micro_batch_size: int = option(16, "prompts that a process computes at once", low=1)
     muon_learning_rate: float = option(0.005, "peak rate of Muon; 0: AdamW for all weights", low=0)
-    weight_decay: float = option(0.01, "decay of the matrices", low=0)
+    weight_decay: float = option(0.1, "decay of the matrices", low=0)
     val_share: float = option(0.15, "share of the prompts that is held out", low=0.001, high=0.5)
 
     def check(self):
