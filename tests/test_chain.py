@@ -78,7 +78,8 @@ def test_stages_change_the_model(folder):
     """Each stage really trains: no weight is what it was in the parent, the reward model's
     included."""
     models = {name: load(folder / name)["model"] for name in CHECKPOINTS}
-    for parent, child in (("pretrain.pt", "sft.pt"), ("sft.pt", "ppo.pt"), ("pretrain.pt", "reward.pt")):
+    for parent, child in (("pretrain.pt", "sft.pt"), ("pretrain.pt", "reward.pt"),
+                          ("sft.pt", "ppo.pt")):
         for name in models[parent].keys() & models[child].keys():
             assert not torch.equal(models[parent][name], models[child][name]), (parent, child, name)
 
@@ -625,7 +626,7 @@ def test_damaged_checkpoint_of_no_stage(talk, tmp_path):
     """A file of another name that is damaged is not said to come from a script of that name."""
     (tmp_path / "mine.pt").write_text("no checkpoint")
     message = fail("sample", talk, f"--checkpoint={tmp_path}/mine.pt", "--prompt=Why?")
-    assert "is damaged" in message and "the stage that writes it" in message, message
+    assert "is damaged" in message and "the script that writes it" in message, message
     assert "mine.pt.py" not in message, message
 
 

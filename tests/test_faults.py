@@ -280,7 +280,7 @@ def test_a_pickled_payload_is_not_executed(folder, tmp_path):
 # Losses that are not finite, disks that are full
 
 @pytest.mark.parametrize("stage, parent", [
-    ("sft", "pretrain"), ("reward", "sft"), ("ppo", "reward")])
+    ("sft", "pretrain"), ("reward", "pretrain"), ("ppo", "reward")])
 def test_a_loss_that_is_not_finite(folder, tmp_path, stage, parent):
     """When the loss blows up, the run stops with the step and what to try; what it has saved, or an
     earlier run, is there as it was."""

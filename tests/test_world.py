@@ -60,7 +60,7 @@ def test_bytes_are_pinned(folder):
     digest = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
     assert digest == {
         "demonstrations.jsonl": "69dee1b58d17d3f0113f73fae644cfeb2aef60674b16be302aa4a2e4dade9592",
-        "prompts.jsonl": "80a93b1898b6233cafee5e7b972aac0e6b59f13e5bf922b511188aacbca6c31a",
+        "prompts.jsonl": "0f02b08f692ef8f04bd80d3fdc84fa189c7efb7fca56affb5e965b82f24027f0",
         "eval.jsonl": "8105c9967160ec18497c6fbf3819d8dc94f8477a1e9e2b80b687c99e3b385e8b",
         "pages.jsonl": "684ee543061cb181acd151e7feb0c782c2ceb9fd4d543c676952717da5fec2ef"}
 
@@ -85,7 +85,7 @@ def test_records_have_their_fields(folder):
         assert record.keys() == {"messages"}
     assert all(record.keys() == {"id", "prompt", "rubric", "use"} for record in prompts)
     assert all(record.keys() == {"id", "prompt", "rubric"} for record in held_out)
-    assert Counter(record["use"] for record in prompts) == {"compare": 45, "ppo": 15}
+    assert Counter(record["use"] for record in prompts) == {"compare": 51, "ppo": 9}
     assert len({record["id"] for record in prompts + held_out}) == 100
     keys = ["skill", "mentions", "truths", "wrong", "unsafe", "min_words", "max_words", "rude",
             "decline", "kindness"]
