@@ -202,7 +202,7 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.score.bias)
     def forward(self, tokens, lengths=None, positions=None, mask=None):
         """tokens (B, T) → a value for each position, (B, T). With the lengths (B,) of the sequences
-        → the score of each, which is the value at its last token, (B,)."""
+        → the score of each, its value at the last token, (B,). The others: as in Transformer."""
         values = self.score(self.model(tokens, None, positions, mask)).squeeze(-1).float()
         return values if lengths is None else values.gather(1, lengths[:, None] - 1).squeeze(1)
 

@@ -140,11 +140,11 @@ def make_batch(rankings, tokenizer, device):
     rows, branches, positions, ends, ranks = [], [], [], [], []
     for r in rankings:
         parts = [prompt_ids(tokenizer, r["prompt"])] + [x["tokens"] for x in r["responses"]]
-        n_prompt, *n_responses = lengths = [len(part) for part in parts]
+        lengths = [len(part) for part in parts]
         rows.append(sum(parts, []))
         branches.append(np.repeat(range(len(parts)), lengths))  # 0 0 0 of the prompt, 1 1 2 2 2 …
-        behind = [n_prompt + t for n in n_responses for t in range(n)]
-        positions.append([*range(n_prompt), *behind])
+        starts = [0] + [lengths[0]] * len(r["responses"])  # the prompt's, then all behind it
+        positions.append([start + t for start, n in zip(starts, lengths) for t in range(n)])
         ends.append(np.cumsum(lengths)[1:] - 1)
         ranks.append(ranks_of(r))
     branch = pad(branches, -1)                                                         # (P, T)
@@ -153,11 +153,14 @@ def make_batch(rankings, tokenizer, device):
     batch = pad(rows), pad(positions), mask, pad(ends), pad(ranks, -1)
     return [x.to(device) for x in batch]
 
+def score_batch(model, rankings, tokenizer, device):
+    """The scores of all responses to some prompts, and their ranks, both (P, K)."""
+    tokens, positions, mask, ends, ranks = make_batch(rankings, tokenizer, device)
+    return model(tokens, positions=positions, mask=mask).gather(1, ends), ranks
+
 def batch_loss(model, rankings, tokenizer, device):
     """The sum of the ranking losses of some prompts."""
-    tokens, positions, mask, ends, ranks = make_batch(rankings, tokenizer, device)
-    scores = model(tokens, positions=positions, mask=mask).gather(1, ends)             # (P, K)
-    return ranking_loss(scores, ranks).sum()
+    return ranking_loss(*score_batch(model, rankings, tokenizer, device)).sum()
 
 def score_all(model, rankings, tokenizer, run):
     """The scores of all responses, a list for each ranking."""
@@ -165,9 +168,8 @@ def score_all(model, rankings, tokenizer, run):
     scores = []
     for start in range(0, len(mine), 16):
         batch = mine[start:start + 16]
-        tokens, positions, mask, ends, _ = make_batch(batch, tokenizer, run.device)
         with run.evaluating(model):
-            found = model(tokens, positions=positions, mask=mask).gather(1, ends)      # (P, K)
+            found, _ = score_batch(model, batch, tokenizer, run.device)                # (P, K)
         scores += [row[:len(r["responses"])] for row, r in zip(found.tolist(), batch)]
     return run.gather(scores)
 
@@ -274,7 +276,7 @@ def train_reward_model(run, config, tokenizer):
         print(f"{len(rankings):,} usable rankings, {len(held_out):,} held out, by {annotators}")
     step = train(run, config, tokenizer, model, optimizer, rankings, held_out, records)
 
-    scores = score_all(model, held_out, tokenizer, run)  # σ(r_i - r_j) is still a probability
+    scores = score_all(model, held_out, tokenizer, run)  # unscaled: σ(r_i - r_j) is a probability
     normalise(model, np.concatenate(score_all(model, rankings[:1000], tokenizer, run)))
     run.save(f"{run.stage}.pt", model, step, tokenizer=tokenizer.hash, parent="pretrain.pt")
     if run.main:

@@ -17,8 +17,8 @@ import torch
 
 from model import (IGNORE, LanguageModel, Optimizer, Run, ScalarModel, TrainConfig, clip_gradients,
                    learning_rate_factor, load_checkpoint, load_config, option, restore)
-from prepare import (join, load_tokenizer, prompt_ids, random_stream, read_judged,
-                     read_prompts, respond, rubric_score, scorecard)
+from prepare import (join, load_tokenizer, prompt_ids, random_stream, read_prompts, respond,
+                     rubric_score, scorecard)
 
 @dataclass
 class GRPOConfig(TrainConfig):
@@ -67,17 +67,6 @@ def update(run, config, policy, ddp_policy, optimizer, rollout, step):
             clip_gradients(policy, config.gradient_clip, step)
             optimizer.step(learning_rate_factor(step, config.max_steps, config.warmup_steps))
 
-def distance(policy, reference, tokenizer, run):
-    """KL(π‖π_SFT) in nats a response, estimated on responses of π to the held-out prompts."""
-    records, total = read_judged(run.path("eval.jsonl")), 0.0
-    responses = respond(policy, tokenizer, records, run, ("distance",))
-    for i in range(0, len(records), 64):
-        prompts = [prompt_ids(tokenizer, record["prompt"]) for record in records[i:i + 64]]
-        tokens, targets, _ = join(prompts, responses[i:i + 64], run.device)
-        k1 = log_probabilities(policy, tokens, targets, run)
-        total += (k1 - log_probabilities(reference, tokens, targets, run)).sum().item()
-    return total / len(records)
-
 def main():
     config = load_config(GRPOConfig, __doc__)
     tokenizer = load_tokenizer(config.out_dir)
@@ -88,7 +77,8 @@ def main():
     reward_model = restore(ScalarModel, reward, run.device)
     records = read_prompts(run, tokenizer, policy.model.config.block_size, "ppo")
     optimizer = Optimizer(policy, config.learning_rate, betas=(0.9, 0.999), eps=1e-5)
-    step = run.start(tokenizer.hash, model=policy, optimizer=optimizer).get("step", 0)
+    checkpoint = run.start(tokenizer.hash, model=policy, optimizer=optimizer)
+    step, figures = checkpoint.get("step", 0), checkpoint.get("figures", {})
     ddp_policy, origin = run.wrap(policy), dict(tokenizer=tokenizer.hash, parent="sft.pt")
 
     while step < config.max_steps:
@@ -115,10 +105,11 @@ def main():
                        kl=(old - ref).sum(1).mean().item())
         run.log(step, f"step {step:3}/{config.max_steps}  reward {figures['reward']:6.3f}  gold "
                 f"{figures['gold']:6.3f}  KL {figures['kl']:5.2f}", **figures)
-        run.save_last(step % 10 == 0, policy, step, optimizer=optimizer.state_dict(), **origin)
+        run.save_last(step % 10 == 0, policy, step, figures=figures,
+                      optimizer=optimizer.state_dict(), **origin)
 
     run.save("grpo.pt", policy, step, **origin)
-    scorecard(run, policy, tokenizer, kl=distance(policy, reference, tokenizer, run))
+    scorecard(run, policy, tokenizer, kl=figures["kl"])  # of the last rollout, as in ppo.py
 
 if __name__ == "__main__":
     main()
